@@ -1,0 +1,174 @@
+"""Where each family of Vision Transformers keeps its parts: one row of data per family.
+
+A model is looked up by package and class name over the bases of every submodule, so no modelling code is ever
+imported, and heads, two-tower models and vision-language models that hold a tower need no row of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+from torch import nn
+
+from .errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths are dotted attribute names: `blocks` and `seed` start at the tower, `down` and `attention` at a block.
+
+    Args:
+        towers: class names of the modules that hold the blocks.
+        blocks: the list of blocks; each takes `(batch, tokens, channels)` first and returns it, alone or first in a
+            tuple.
+        down: the MLP's second linear, whose input is the neuron activation; the first path that a block has counts.
+        attention: the attention module.
+        prefix: tokens in front of the patches (class and distillation token).
+        prefix_from: attribute of the tower that holds how many more there are (native registers), if any.
+        seed: the norm between embeddings and first block, which a register that joins with the embeddings passes too.
+        masks: the names of block arguments that are attention masks.
+        package: top-level package of the tower class.
+    """
+
+    towers: tuple[str, ...]
+    blocks: str
+    down: tuple[str, ...]
+    attention: str
+    prefix: int = 1
+    prefix_from: str | None = None
+    seed: str | None = None
+    masks: tuple[str, ...] = ("attention_mask",)
+    package: str = "transformers"
+
+
+FAMILIES: dict[str, Family] = {
+    "vit": Family(("ViTModel",), "layers", ("mlp.fc2",), "attention"),
+    "deit": Family(("DeiTModel",), "layers", ("mlp.fc2",), "attention", prefix=2),
+    "dinov2": Family(("Dinov2Model", "Dinov2Backbone"), "encoder.layer", ("mlp.fc2", "mlp.down_proj"), "attention"),
+    "dinov2-with-registers": Family(
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+        "encoder.layer",
+        ("mlp.fc2", "mlp.down_proj"),
+        "attention",
+        prefix_from="config.num_register_tokens",
+    ),
+    "clip": Family(("CLIPVisionModel",), "encoder.layers", ("mlp.fc2",), "self_attn", seed="pre_layrnorm"),
+    "siglip": Family(("SiglipVisionModel",), "encoder.layers", ("mlp.fc2",), "self_attn", prefix=0),
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower found inside a model.
+
+    Attributes:
+        path: dotted name of the tower in the model, `""` where the model is the tower.
+        family: its key in `FAMILIES`.
+        prefix: number of tokens in front of the patches, class, distillation and native register tokens together.
+        channels: width of the residual stream.
+        neurons: number of MLP neurons per block.
+    """
+
+    path: str
+    family: str
+    module: nn.Module
+    blocks: tuple[nn.Module, ...]
+    downs: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+    seed: nn.Module | None
+    masks: tuple[str, ...]
+    prefix: int
+    channels: int
+    neurons: tuple[int, ...]
+
+
+def find_tower(model: nn.Module) -> Tower:
+    """The one vision tower of `model`: a tower, a model with a head, a pipeline, a vision-language model.
+
+    Raises:
+        UnsupportedModel: no submodule belongs to a known family, or more than one tower does.
+    """
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)  # a transformers pipeline
+        if not isinstance(inner, nn.Module):
+            raise UnsupportedModel(f"a model is needed, a torch.nn.Module, but {type(model).__name__} was given.")
+        model = inner
+    towers: list[Tower] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
+            continue  # inside a tower that is already found
+        for name, family in FAMILIES.items():
+            if _belongs(module, family):
+                towers.append(_resolve(path, module, name, family))
+                break
+    if not towers:
+        raise UnsupportedModel(_unknown(model))
+    if len(towers) > 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} holds {len(towers)} vision towers ({', '.join(tower.path for tower in towers)}): "
+            f"pass one of them, as in testreg.find(model.{towers[0].path}, images)."
+        )
+    return towers[0]
+
+
+def reach(module: nn.Module, path: str):
+    """The attribute at a dotted `path`, or None where there is none."""
+    return reduce(lambda at, name: getattr(at, name, None), path.split("."), module)
+
+
+def _belongs(module: nn.Module, family: Family) -> bool:
+    classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.split(".")[0] == family.package}
+    return not classes.isdisjoint(family.towers) and isinstance(
+        reach(module, family.blocks), (nn.ModuleList, nn.Sequential)
+    )
+
+
+def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
+    blocks = tuple(reach(module, family.blocks))
+    downs, attentions = [], []
+    for index, block in enumerate(blocks):
+        down = next((found for found in (reach(block, name) for name in family.down) if found is not None), None)
+        attention = reach(block, family.attention)
+        if down is None or attention is None:
+            raise UnsupportedModel(
+                f"{type(module).__name__} is of the family {name!r}, but its block {index} ({type(block).__name__}) "
+                f"has no {' or '.join(family.down) if down is None else family.attention}: it is built in another way "
+                f"than its family, and cannot be patched."
+            )
+        downs.append(down)
+        attentions.append(attention)
+    return Tower(
+        path=path,
+        family=name,
+        module=module,
+        blocks=blocks,
+        downs=tuple(downs),
+        attentions=tuple(attentions),
+        seed=reach(module, family.seed) if family.seed else None,
+        masks=family.masks,
+        prefix=family.prefix + (int(reach(module, family.prefix_from)) if family.prefix_from else 0),
+        channels=int(downs[0].out_features),
+        neurons=tuple(int(down.in_features) for down in downs),
+    )
+
+
+def _unknown(model: nn.Module) -> str:
+    name, package = type(model).__name__, type(model).__module__.split(".")[0]
+    if getattr(model, "main_input_name", "") == "input_ids":
+        return f"{name} is a text model; testreg patches Vision Transformers ({', '.join(FAMILIES)})."
+    path, blocks = max(
+        ((path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)),
+        key=lambda item: len(item[1]),
+        default=("encoder.layers", []),
+    )
+    linears = (
+        [name for name, module in blocks[0].named_modules() if isinstance(module, nn.Linear)] if len(blocks) else []
+    )
+    down = linears[-1] if linears else "mlp.fc2"
+    return (
+        f"{name} is of no known family ({', '.join(FAMILIES)}). If it is a Vision Transformer whose blocks take "
+        f"(batch, tokens, channels), describe it first:\n"
+        f'    testreg.FAMILIES["my-vit"] = testreg.Family(\n'
+        f'        ("{name}",), "{path}", ("{down}",), "attention", prefix=1, package="{package}")'
+    )

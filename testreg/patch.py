@@ -1,0 +1,297 @@
+"""The hook installer: registers that travel beside the sequence.
+
+Each block is called with `[registers | tokens]` and hands back only its tokens, so that nothing outside the blocks
+ever counts a token more. The buffer that still holds the registers rides on the tensor that was handed back (a plain
+attribute of it), so the state belongs to the call, not to the model: threads can share a model, a block recomputed
+under gradient checkpointing finds what it saw the first time, and where the next block receives the very tensor,
+nothing is copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import redirect
+from .errors import BadPlan, TestregError
+from .families import Tower, find_tower
+from .plan import RegisterPlan
+
+PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
+BUFFER = "_testreg_buffer"  # on a tensor: [registers | tokens], where the tensor is its tokens
+
+
+def patch(model: nn.Module, found: RegisterPlan) -> Patch:
+    """Give `model` the registers of `found`, in place, until the patch is removed.
+
+    Args:
+        model: a Vision Transformer, or a model that holds one; training mode, device and dtype may change afterwards.
+        found: the plan to apply.
+
+    Returns:
+        The patch: a context manager with `.remove()`, which restores every output bit for bit. Of several patches on
+        one model the last one acts; removing it brings back the one before, so patching twice never doubles.
+
+    Raises:
+        UnsupportedModel: no family describes the model.
+        BadPlan: the plan does not fit the model.
+    """
+    return Patch(find_tower(model), found)
+
+
+def active(model: nn.Module) -> Patch | None:
+    """The patch that acts on `model` now, if any."""
+    patches = getattr(find_tower(model).module, PATCHES, [])
+    return patches[-1] if patches else None
+
+
+@dataclass
+class Record:
+    """What an active patch does with the registers; filled by the forward passes inside `Patch.recording()`.
+
+    Attributes:
+        registers: block index -> its registers after that block `(batch, registers, channels)`.
+        attentions: block index -> attention `(batch, heads, registers + tokens, registers + tokens)`, for attention
+            implementations that return it (`model.set_attn_implementation("eager")`).
+    """
+
+    registers: dict[int, Tensor] = field(default_factory=dict)
+    attentions: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Patch:
+    """Registers on a model; see `patch`. It adds no parameter and no buffer."""
+
+    def __init__(self, tower: Tower, plan: RegisterPlan):
+        check(tower, plan)
+        self.tower, self.plan = tower, plan
+        self.record: Record | None = None
+        self.waiting: dict[int, tuple[int, Tensor]] = {}  # thread -> the block that its registers left last, and they
+        self._undo: list[Any] = []
+        self._stack().append(self)
+        self._show_top()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the patch off. A second call does nothing."""
+        if self in self._stack():
+            self._uninstall()
+            self._stack().remove(self)
+            self._show_top()
+
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Keep the registers' own states and the full attention maps of the forward passes inside the `with`."""
+        self.record = Record()
+        try:
+            yield self.record
+        finally:
+            self.record = None
+
+    def _stack(self) -> list[Patch]:
+        patches = self.tower.module.__dict__.setdefault(PATCHES, [])
+        return patches
+
+    def _show_top(self) -> None:
+        patches = self._stack()
+        for other in patches[:-1]:
+            other._uninstall()
+        if patches and not patches[-1]._undo:
+            patches[-1]._install()
+        if not patches:
+            del self.tower.module.__dict__[PATCHES]
+
+    def _install(self) -> None:
+        tower, plan = self.tower, self.plan
+        for index, (block, down, attention) in enumerate(zip(tower.blocks, tower.downs, tower.attentions, strict=True)):
+            registers = plan.registers if index >= plan.entry else 0
+            if registers:
+                self._replace(block, _Block(self, index, block.forward))
+                self._replace(attention, _Attention(self, index, attention.forward))
+            if index in plan.neurons:
+                hook = _Neurons(plan.neurons[index], registers, fill=plan.state is None, device=_device(down))
+                self._undo.append(down.register_forward_pre_hook(hook).remove)
+
+    def _replace(self, module: nn.Module, owner: Any) -> None:
+        # An instance attribute is the least invasive place: no subclass, no wrapper module, no key of the state dict
+        # changes. A bound method of our own object, since deepcopy then binds the copy's method to the copy.
+        undo = _Restore(module, module.__dict__.get("forward"))
+        module.forward = MethodType(type(owner).forward, owner)
+        self._undo.append(undo)
+
+    def _uninstall(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+class _Restore:
+    """Gives a module back the `forward` that it had, on the instance or from its class."""
+
+    def __init__(self, module: nn.Module, before: Any):
+        self.module, self.before = module, before
+
+    def __call__(self) -> None:
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
+
+
+class _Block:
+    def __init__(self, owner: Patch, index: int, original: Any):
+        self.patch, self.index, self.original = owner, index, original
+        self.last = index == len(owner.tower.blocks) - 1
+        names = list(inspect.signature(original).parameters)
+        self.first = names[0]
+        self.masks = {name: names.index(name) - 1 if name in names else -1 for name in owner.tower.masks}
+        state = owner.plan.state
+        self.start = _Placed(torch.zeros(owner.plan.registers, owner.tower.channels) if state is None else state)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tokens, args = (args[0], args[1:]) if args else (kwargs.pop(self.first), args)  # (batch, tokens, channels)
+        registers = self.patch.plan.registers
+        args, kwargs = self._grow_masks(args, kwargs, tokens.shape[1])
+        output = self.original(self._joined(tokens), *args, **kwargs)
+        full = output[0] if isinstance(output, tuple) else output  # (batch, registers + tokens, channels)
+        tokens = full[:, registers:]
+        if self.last:
+            tokens = tokens.contiguous()  # what follows the blocks may call .view
+        else:
+            setattr(tokens, BUFFER, full)
+        self._remember(full[:, :registers])
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def _joined(self, tokens: Tensor) -> Tensor:
+        if self.index == self.patch.plan.entry:
+            return redirect.join(self._started(tokens), tokens)
+        buffer = getattr(tokens, BUFFER, None)
+        if buffer is not None:
+            return buffer
+        # Something between the blocks made a new tensor: a hook that steers, a move to another device.
+        index, registers = self.patch.waiting.get(_thread(), (None, None))
+        if registers is None or index != self.index - 1 or registers.shape[0] != tokens.shape[0]:
+            raise TestregError(
+                f"block {self.index} was called without its registers: they join before block {self.patch.plan.entry} "
+                f"and travel from block to block. Run the whole model, or remove the patch to call a block alone."
+            )
+        return redirect.join(registers, tokens)
+
+    def _started(self, tokens: Tensor) -> Tensor:
+        start = self.start.like(tokens)[None]  # (1, registers, channels)
+        if self.index == 0 and self.patch.plan.state is None and self.patch.tower.seed is not None:
+            return self.patch.tower.seed.forward(start)  # not called as a module: nobody's hooks should count it
+        return start
+
+    def _remember(self, registers: Tensor) -> None:
+        if self.last:
+            self.patch.waiting.pop(_thread(), None)
+        else:
+            self.patch.waiting[_thread()] = (self.index, registers)
+        if self.patch.record is not None:
+            self.patch.record.registers[self.index] = registers
+
+    def _grow_masks(self, args: tuple, kwargs: dict, tokens: int) -> tuple[tuple, dict]:
+        registers, args = self.patch.plan.registers, list(args)
+        for name, position in self.masks.items():
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs = {**kwargs, name: redirect.grow(kwargs[name], registers, tokens)}
+            elif 0 <= position < len(args) and isinstance(args[position], Tensor):
+                args[position] = redirect.grow(args[position], registers, tokens)
+        return tuple(args), kwargs
+
+
+class _Attention:
+    """Hands back attention maps of the usual size, registers' rows and columns dropped."""
+
+    def __init__(self, owner: Patch, index: int, original: Any):
+        self.patch, self.index, self.original = owner, index, original
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.original(*args, **kwargs)
+        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
+            return output
+        if self.patch.record is not None:
+            self.patch.record.attentions[self.index] = output[1]
+        registers = self.patch.plan.registers
+        return (output[0], output[1][..., registers:, registers:], *output[2:])
+
+
+class _Neurons:
+    """Pre-hook of the MLP's second linear."""
+
+    def __init__(self, neurons: tuple[int, ...], registers: int, *, fill: bool, device: torch.device):
+        self.neurons, self.registers, self.fill = _Placed(torch.tensor(neurons, device=device)), registers, fill
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        neurons = self.neurons.on(args[0].device)
+        return (redirect.move(args[0], neurons, self.registers, fill=self.fill), *args[1:])
+
+
+class _Placed:
+    """A constant that follows the model to its device and dtype, so that no forward pass copies it from the host."""
+
+    def __init__(self, value: Tensor):
+        self.value = self.placed = value
+
+    def on(self, device: torch.device) -> Tensor:
+        return self._place(device, self.value.dtype)
+
+    def like(self, other: Tensor) -> Tensor:
+        return self._place(other.device, other.dtype)
+
+    def _place(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        placed = self.placed
+        if placed.device == device and placed.dtype == dtype:
+            return placed
+        placed = self.value.to(device, dtype)
+        if not torch.compiler.is_compiling():  # a tensor made while tracing belongs to the trace
+            self.placed = placed
+        return placed
+
+
+def check(tower: Tower, plan: RegisterPlan) -> None:
+    """Whether `plan` fits `tower`.
+
+    Raises:
+        BadPlan: a block, neuron, entry or state is out of the tower's range.
+    """
+
+    def misfit(has: str, wants: str) -> BadPlan:
+        what = f"the {tower.family} tower {type(tower.module).__name__}"
+        return BadPlan(f"{wants}, but {what} has {has}: the plan was made for another model.")
+
+    blocks = f"blocks 0 to {len(tower.blocks) - 1}"
+    if plan.entry >= len(tower.blocks):
+        raise misfit(blocks, f"the registers join before block {plan.entry}")
+    for block, row in plan.neurons.items():
+        if block >= len(tower.blocks):
+            raise misfit(blocks, f"the plan names block {block}")
+        if row[-1] >= tower.neurons[block]:
+            raise misfit(
+                f"neurons 0 to {tower.neurons[block] - 1} there", f"the plan names neuron {row[-1]} of block {block}"
+            )
+    if plan.state is not None and plan.state.shape[-1] != tower.channels:
+        raise misfit(f"{tower.channels} channels", f"the register state has {plan.state.shape[-1]} channels")
+
+
+def _device(module: nn.Module) -> torch.device:
+    weight = getattr(module, "weight", None)
+    return weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else torch.device("cpu")
+
+
+def _thread() -> int:
+    # A tracer cannot follow the thread's number and needs none: what it stores it takes away before the pass ends.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
