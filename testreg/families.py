@@ -7,7 +7,7 @@ imported, and heads, two-tower models and vision-language models that hold a tow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from typing import Any
 
 from torch import nn
 
@@ -112,9 +112,12 @@ def find_tower(model: nn.Module) -> Tower:
     return towers[0]
 
 
-def reach(module: nn.Module, path: str):
+def reach(module: nn.Module, path: str) -> Any:
     """The attribute at a dotted `path`, or None where there is none."""
-    return reduce(lambda at, name: getattr(at, name, None), path.split("."), module)
+    at: Any = module
+    for name in path.split("."):
+        at = getattr(at, name, None)
+    return at
 
 
 def _belongs(module: nn.Module, family: Family) -> bool:

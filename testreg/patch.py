@@ -204,13 +204,13 @@ class _Block:
             self.patch.record.registers[self.index] = registers
 
     def _grow_masks(self, args: tuple, kwargs: dict, tokens: int) -> tuple[tuple, dict]:
-        registers, args = self.patch.plan.registers, list(args)
+        registers, grown = self.patch.plan.registers, list(args)
         for name, position in self.masks.items():
             if isinstance(kwargs.get(name), Tensor):
                 kwargs = {**kwargs, name: redirect.grow(kwargs[name], registers, tokens)}
-            elif 0 <= position < len(args) and isinstance(args[position], Tensor):
-                args[position] = redirect.grow(args[position], registers, tokens)
-        return tuple(args), kwargs
+            elif 0 <= position < len(grown) and isinstance(grown[position], Tensor):
+                grown[position] = redirect.grow(grown[position], registers, tokens)
+        return tuple(grown), kwargs
 
 
 class _Attention:

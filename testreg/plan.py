@@ -45,7 +45,7 @@ class RegisterPlan:
     state: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.neurons, Mapping):
             raise BadPlan(
                 f"neurons must map blocks to neurons, as in {{7: (417,)}}, not be a {type(self.neurons).__name__}."

@@ -9,5 +9,7 @@ def assets() -> Path:
     """The folder of real checkpoints and photos, `TESTREG_ASSETS`, by default `../shared` beside the checkout."""
     folder = Path(os.environ.get("TESTREG_ASSETS") or Path(__file__).parents[2] / "shared")
     if not (folder / "checkpoints").is_dir():
-        pytest.skip(f"no real checkpoints at {folder}: set TESTREG_ASSETS to the folder that holds checkpoints/ and images/")
+        pytest.skip(
+            f"no real checkpoints at {folder}: set TESTREG_ASSETS to the folder that holds checkpoints/ and images/"
+        )
     return folder
