@@ -2,6 +2,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torchvision_stub
+
+torchvision_stub.install()  # before anything imports transformers
 
 
 @pytest.fixture(scope="session")
