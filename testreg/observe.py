@@ -1,0 +1,171 @@
+"""Look inside a vision tower while it runs: block outputs, attention maps, keys. Registers are never among them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedModel
+from .families import Tower, find_tower
+from .patch import Patch, active, patch
+from .plan import RegisterPlan
+
+NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts, so this one switches the others off
+
+
+@dataclass
+class Seen:
+    """What the last forward pass inside `observe` did; blocks from 0, every tensor without registers.
+
+    Attributes:
+        states: block -> residual stream after it `(batch, tokens, channels)`, prefix tokens first.
+        attentions: block -> attention `(batch, heads, tokens, tokens)`; rows sum to less than 1 where registers took
+            the rest.
+        keys: block -> keys of all heads side by side, before any rotation, `(batch, tokens, channels)`.
+    """
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+    attentions: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def observe(
+    model: nn.Module, *, states: Iterable[int] = (), attentions: Iterable[int] = (), keys: Iterable[int] = ()
+) -> Iterator[Seen]:
+    """Keep what the named blocks do in the forward passes inside the `with`; the model is as before afterwards.
+
+    Attention maps need the attention implementation that returns them ("eager"), which is set meanwhile.
+
+    Raises:
+        UnsupportedModel: the model's attention gives no maps, or has no key projection that can be read.
+    """
+    tower, seen = find_tower(model), Seen()
+    handles: list[Any] = []
+    attentions = tuple(attentions)
+    try:
+        for block in states:
+            handles.append(tower.blocks[block].register_forward_hook(_keep_state(seen, block)))
+        for block in keys:
+            handles.append(_keep_keys(tower, seen, block))
+        for block in attentions:
+            handles.append(tower.attentions[block].register_forward_hook(_keep_attention(tower, seen, block)))
+        with _eager(tower.module) if attentions else _unchanged():
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def unpatched(model: nn.Module) -> Patch:
+    """The model as it was before any patch, inside a `with`; whatever patch acts now acts again afterwards."""
+    return patch(model, NOTHING)
+
+
+def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) -> Any:
+    """One forward pass without gradients, at any image size that the model can take.
+
+    Args:
+        inputs: what the image processor gives, on any device and in any float type.
+        whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
+    """
+    tower = find_tower(model)
+    module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
+    weight = next(module.parameters())
+    placed = {
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+        placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
+    with torch.no_grad():
+        return module(**placed)
+
+
+def grid(height: int, width: int, patches: int) -> tuple[int, int]:
+    """Rows and columns of `patches` square patches that cover an image of `height` by `width` pixels.
+
+    Raises:
+        UnsupportedModel: no grid of square patches has that many.
+    """
+    rows = round(math.sqrt(patches * height / width))
+    if not rows or patches % rows or abs(height / rows - width / (patches // rows)) > 0.5 * height / rows:
+        raise UnsupportedModel(
+            f"{patches} patches are no grid of square ones on an image of {height} × {width} pixels; "
+            f"maps can only be drawn for models that keep every patch in its place."
+        )
+    return rows, patches // rows
+
+
+def _keep_state(seen: Seen, block: int) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen.states[block] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _keep_attention(tower: Tower, seen: Seen, block: int) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
+            raise UnsupportedModel(
+                f"the attention of {type(tower.module).__name__} ({type(module).__name__}) gives no attention maps, "
+                f"with the eager implementation either."
+            )
+        seen.attentions[block] = output[1]
+
+    return hook
+
+
+def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
+    attention = tower.attentions[block]
+
+    def keep(keys: Tensor) -> None:
+        current = active(tower.module)
+        registers = current.plan.registers if current and block >= current.plan.entry else 0
+        seen.keys[block] = keys[:, registers:]
+
+    for name, part in attention.named_modules():
+        last = name.split(".")[-1]
+        if last in ("k_proj", "key"):
+            return part.register_forward_hook(lambda module, args, output: keep(output))
+        if last == "qkv":  # one linear for queries, keys and values
+            return part.register_forward_hook(lambda module, args, output: keep(output.chunk(3, dim=-1)[1]))
+    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None:
+
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            weight = module.in_proj_weight.chunk(3)[1]
+            bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[1]
+            source = args[1] if len(args) > 1 else kwargs["key"]
+            keep(nn.functional.linear(source, weight, bias))
+
+        return attention.register_forward_pre_hook(hook, with_kwargs=True)
+    raise UnsupportedModel(
+        f"the attention of {type(tower.module).__name__} ({type(attention).__name__}) has no key projection among "
+        f"k_proj, key, qkv and in_proj_weight: its keys cannot be read."
+    )
+
+
+@contextmanager
+def _eager(module: nn.Module) -> Iterator[None]:
+    config = getattr(module, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if not hasattr(module, "set_attn_implementation") or before == "eager":
+        yield
+        return
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    yield
