@@ -7,7 +7,7 @@ blocks, 16 patches), weights are of unit gain, so that every block, neuron and p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ VISION = dict(
     hidden_size=CHANNELS, num_hidden_layers=BLOCKS, num_attention_heads=4, intermediate_size=NEURONS,
     image_size=SIZE, patch_size=PATCH,
 )  # fmt: skip
-DINO = {key: value for key, value in VISION.items() if key != "intermediate_size"} | {"mlp_ratio": 1.5}
+DINO = {key: value for key, value in VISION.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
 TEXT = dict(
     hidden_size=CHANNELS, num_hidden_layers=2, num_attention_heads=4, intermediate_size=NEURONS, vocab_size=64,
     max_position_embeddings=16, bos_token_id=62, eos_token_id=63, pad_token_id=0,
@@ -37,8 +37,6 @@ class Tiny:
         inputs: gives example inputs of a batch of images.
         other: inputs of other sizes that the model takes, non-square ones among them.
         text: the model reads text as well.
-        batched: every output has one row per image; otherwise only the shapes can be compared.
-        traces: `torch.export` and `torch.compile` can follow the unpatched model.
     """
 
     make: Callable[[], nn.Module]
@@ -89,7 +87,6 @@ def images_and_text(**more: Any) -> Callable[[int], dict[str, Any]]:
 
 ANY_SIZE = (images(24, 40), images(48, 32))  # position embeddings always interpolated
 INTERPOLATED = tuple(images(*size, interpolate_pos_encoding=True) for size in ((24, 40), (48, 32)))
-NO_TEXT = dict(images=images)
 
 
 def _tiny(model: type, config: Any, inputs: Any = None, **more: Any) -> Tiny:
@@ -168,3 +165,19 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
 }
 
 ROWS: Mapping[str, Tiny] = {name: tiny for rows in MODELS.values() for name, tiny in rows.items()}
+FIRST = tuple(next(iter(rows)) for rows in MODELS.values())  # one model per family, for what takes long
+
+
+def tensors(output: Any, path: str = "") -> dict[str, Tensor]:
+    """Every tensor in a model's output, by its path: pooled, logits, hidden states, attentions, feature maps, text."""
+    if isinstance(output, Tensor):
+        return {path: output}
+    if isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, list | tuple):
+        items = enumerate(output)
+    else:
+        return {}
+    return {
+        where: tensor for key, value in items for where, tensor in tensors(value, f"{path}.{key}".lstrip(".")).items()
+    }

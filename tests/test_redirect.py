@@ -1,0 +1,105 @@
+"""The intervention against a plain loop over images and neurons, written from the paper's text (section 4)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from testreg.redirect import grow, join, move
+
+
+def loop(activation: Tensor, neurons: list[int], registers: int, fill: bool) -> Tensor:
+    """`move`, one number at a time."""
+    result = activation.clone()
+    for image in range(activation.shape[0]):
+        for neuron in neurons:
+            column = [activation[image, token, neuron].item() for token in range(activation.shape[1])]
+            for token in range(activation.shape[1]):
+                if token >= registers:
+                    result[image, token, neuron] = 0
+                elif fill:
+                    result[image, token, neuron] = max(column)
+    return result
+
+
+@st.composite
+def cases(draw: st.DrawFn):
+    batch, registers = draw(st.integers(1, 3)), draw(st.integers(0, 3))
+    tokens, width = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    neurons = draw(st.lists(st.integers(0, width - 1), unique=True, max_size=width).map(sorted))
+    values = draw(
+        st.lists(
+            st.floats(-100, 100, width=16),
+            min_size=batch * (registers + tokens) * width,
+            max_size=batch * (registers + tokens) * width,
+        )
+    )
+    return torch.tensor(values).reshape(batch, registers + tokens, width), neurons, registers, draw(st.booleans())
+
+
+@given(cases())
+def test_move_equals_the_loop(case):
+    activation, neurons, registers, fill = case
+    before = activation.clone()
+    moved = move(activation, torch.tensor(neurons, dtype=torch.long), registers, fill=fill)
+    assert torch.equal(moved, loop(activation, neurons, registers, fill))
+    assert torch.equal(activation, before), "edited in place"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_move_keeps_the_dtype(dtype):
+    activation = torch.randn(2, 5, 4).to(dtype)
+    moved = move(activation, torch.tensor([1, 3]), 2, fill=True)
+    assert moved.dtype == dtype
+    assert torch.equal(moved, loop(activation, [1, 3], 2, True))
+
+
+def test_every_register_gets_the_maximum_of_its_own_image_and_neuron():
+    activation = torch.tensor([[[0.0, 0.0], [1.0, 8.0], [5.0, 2.0]], [[0.0, 9.0], [3.0, 4.0], [2.0, 1.0]]])
+    moved = move(activation, torch.tensor([0, 1]), 1, fill=True)
+    assert moved[:, 0].tolist() == [[5, 8], [3, 9]]  # the register itself took part: 9
+    assert torch.count_nonzero(moved[:, 1:]) == 0
+
+
+def test_the_gradient_of_the_maximum_goes_to_the_token_that_held_it():
+    activation = torch.tensor([[[0.0], [1.0], [5.0]]], requires_grad=True)
+    move(activation, torch.tensor([0]), 1, fill=True).sum().backward()
+    assert activation.grad.flatten().tolist() == [0, 0, 1]
+
+
+def test_join_puts_registers_in_front_of_every_image_in_the_dtype_of_the_tokens():
+    tokens = torch.randn(3, 4, 2, dtype=torch.bfloat16)
+    joined = join(torch.ones(1, 2, 2), tokens)
+    assert joined.dtype == torch.bfloat16
+    assert joined.shape == (3, 6, 2)
+    assert (joined[:, :2] == 1).all()
+    assert torch.equal(joined[:, 2:], tokens)
+
+
+@pytest.mark.parametrize("registers", [1, 3])
+def test_grown_masks_let_everyone_see_the_registers_and_change_nothing_else(registers):
+    boolean = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    additive = torch.zeros(2, 1, 4, 4).masked_fill(~boolean[:, None, None, :], float("-inf"))
+    for mask, value in (
+        (boolean, True),
+        (boolean.long(), 1),
+        (boolean[:, None, None, :].expand(2, 1, 4, 4), True),
+        (additive, 0.0),
+    ):
+        grown = grow(mask, registers, 4)
+        assert grown.dtype == mask.dtype
+        assert grown.shape[-1] == 4 + registers
+        assert (grown[..., :registers] == value).all()
+        kept = grown[..., registers:] if mask.ndim == 2 else grown[..., registers:, registers:]
+        assert torch.equal(kept, mask)
+        if mask.ndim == 4:
+            assert grown.shape[-2] == 4 + registers
+            assert (grown[..., :registers, :registers] == value).all()
+
+
+def test_a_query_less_mask_grows_along_its_keys_only():
+    grown = grow(torch.zeros(2, 1, 1, 4), 2, 4)
+    assert grown.shape == (2, 1, 1, 6)
