@@ -18,23 +18,26 @@ from .errors import UnsupportedModel
 class Family:
     """Paths are dotted attribute names: `blocks` and `seed` start at the tower, `down` and `attention` at a block.
 
+    Where releases or variants of a library name a thing differently, a path may be a tuple of paths: the first one
+    that is there counts.
+
     Args:
         towers: class names of the modules that hold the blocks.
         blocks: the list of blocks; each takes `(batch, tokens, channels)` first and returns it, alone or first in a
             tuple.
-        down: the MLP's second linear, whose input is the neuron activation; the first path that a block has counts.
+        down: the MLP's second linear, whose input is the neuron activation.
         attention: the attention module.
         prefix: tokens in front of the patches (class and distillation token).
         prefix_from: attribute of the tower that holds how many more there are (native registers), if any.
         seed: the norm between embeddings and first block, which a register that joins with the embeddings passes too.
-        masks: the names of block arguments that are attention masks.
+        masks: the attention's arguments that are masks or biases over its tokens.
         package: top-level package of the tower class.
     """
 
-    towers: tuple[str, ...]
-    blocks: str
-    down: tuple[str, ...]
-    attention: str
+    towers: str | tuple[str, ...]
+    blocks: str | tuple[str, ...]
+    down: str | tuple[str, ...] = "mlp.fc2"
+    attention: str | tuple[str, ...] = "attention"
     prefix: int = 1
     prefix_from: str | None = None
     seed: str | None = None
@@ -43,18 +46,23 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "vit": Family(("ViTModel",), "layers", ("mlp.fc2",), "attention"),
-    "deit": Family(("DeiTModel",), "layers", ("mlp.fc2",), "attention", prefix=2),
-    "dinov2": Family(("Dinov2Model", "Dinov2Backbone"), "encoder.layer", ("mlp.fc2", "mlp.down_proj"), "attention"),
+    "vit": Family("ViTModel", ("layers", "encoder.layer"), ("mlp.fc2", "output.dense")),
+    "deit": Family("DeiTModel", ("layers", "encoder.layer"), ("mlp.fc2", "output.dense"), prefix=2),
+    "dinov2": Family(
+        ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
+    ),
     "dinov2-with-registers": Family(
         ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
         "encoder.layer",
-        ("mlp.fc2", "mlp.down_proj"),
-        "attention",
+        ("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
         prefix_from="config.num_register_tokens",
     ),
-    "clip": Family(("CLIPVisionModel",), "encoder.layers", ("mlp.fc2",), "self_attn", seed="pre_layrnorm"),
-    "siglip": Family(("SiglipVisionModel",), "encoder.layers", ("mlp.fc2",), "self_attn", prefix=0),
+    "clip": Family(
+        ("CLIPVisionModel", "CLIPVisionTransformer"), "encoder.layers", attention="self_attn", seed="pre_layrnorm"
+    ),
+    "siglip": Family(
+        ("SiglipVisionModel", "SiglipVisionTransformer"), "encoder.layers", attention="self_attn", prefix=0
+    ),
 }
 
 
@@ -112,17 +120,24 @@ def find_tower(model: nn.Module) -> Tower:
     return towers[0]
 
 
-def reach(module: nn.Module, path: str) -> Any:
-    """The attribute at a dotted `path`, or None where there is none."""
-    at: Any = module
-    for name in path.split("."):
-        at = getattr(at, name, None)
-    return at
+def reach(module: nn.Module, paths: str | tuple[str, ...]) -> Any:
+    """The attribute at a dotted path, or at the first of several that is there; None where there is none."""
+    for path in _each(paths):
+        found: Any = module
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def _each(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _belongs(module: nn.Module, family: Family) -> bool:
     classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.split(".")[0] == family.package}
-    return not classes.isdisjoint(family.towers) and isinstance(
+    return not classes.isdisjoint(_each(family.towers)) and isinstance(
         reach(module, family.blocks), (nn.ModuleList, nn.Sequential)
     )
 
@@ -131,13 +146,12 @@ def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     blocks = tuple(reach(module, family.blocks))
     downs, attentions = [], []
     for index, block in enumerate(blocks):
-        down = next((found for found in (reach(block, name) for name in family.down) if found is not None), None)
-        attention = reach(block, family.attention)
+        down, attention = reach(block, family.down), reach(block, family.attention)
         if down is None or attention is None:
+            missing = " or ".join(_each(family.down if down is None else family.attention))
             raise UnsupportedModel(
                 f"{type(module).__name__} is of the family {name!r}, but its block {index} ({type(block).__name__}) "
-                f"has no {' or '.join(family.down) if down is None else family.attention}: it is built in another way "
-                f"than its family, and cannot be patched."
+                f"has no {missing}: it is built in another way than its family, and cannot be patched."
             )
         downs.append(down)
         attentions.append(attention)
@@ -160,18 +174,30 @@ def _unknown(model: nn.Module) -> str:
     name, package = type(model).__name__, type(model).__module__.split(".")[0]
     if getattr(model, "main_input_name", "") == "input_ids":
         return f"{name} is a text model; testreg patches Vision Transformers ({', '.join(FAMILIES)})."
+    return (
+        f"{name} is of no known family ({', '.join(FAMILIES)}). If it is a Vision Transformer whose blocks take "
+        f"(batch, tokens, channels), describe it first, with the paths and number of prefix tokens checked:\n"
+        f'    testreg.FAMILIES["my-vit"] = testreg.Family(\n'
+        f"        {_guess(model)}, package={package!r})"
+    )
+
+
+def _guess(model: nn.Module) -> str:
+    """The row that would describe `model`, as far as names can tell."""
+    lists = (
+        (path, module) for path, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
+    )
     path, blocks = max(
-        ((path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)),
+        ((path, blocks) for path, blocks in lists if len({type(block) for block in blocks}) == 1),
         key=lambda item: len(item[1]),
         default=("encoder.layers", []),
     )
-    linears = (
-        [name for name, module in blocks[0].named_modules() if isinstance(module, nn.Linear)] if len(blocks) else []
-    )
+    parts = dict(blocks[0].named_modules()) if len(blocks) else {}
+    attention = next((name for name in parts if "att" in name.lower()), "attention")
+    linears = [
+        name for name, part in parts.items() if isinstance(part, nn.Linear) and not name.startswith(f"{attention}.")
+    ]
+    tokens = ("cls", "class", "dist")
+    prefix = sum(any(part in name.lower() for part in tokens) for name, _ in model.named_parameters() if "tok" in name)
     down = linears[-1] if linears else "mlp.fc2"
-    return (
-        f"{name} is of no known family ({', '.join(FAMILIES)}). If it is a Vision Transformer whose blocks take "
-        f"(batch, tokens, channels), describe it first:\n"
-        f'    testreg.FAMILIES["my-vit"] = testreg.Family(\n'
-        f'        ("{name}",), "{path}", ("{down}",), "attention", prefix=1, package="{package}")'
-    )
+    return f'"{type(model).__name__}", "{path}", "{down}", "{attention}", prefix={prefix}'

@@ -154,16 +154,13 @@ class _Block:
     def __init__(self, owner: Patch, index: int, original: Any):
         self.patch, self.index, self.original = owner, index, original
         self.last = index == len(owner.tower.blocks) - 1
-        names = list(inspect.signature(original).parameters)
-        self.first = names[0]
-        self.masks = {name: names.index(name) - 1 if name in names else -1 for name in owner.tower.masks}
+        self.first = next(iter(inspect.signature(original).parameters))
         state = owner.plan.state
         self.start = _Placed(torch.zeros(owner.plan.registers, owner.tower.channels) if state is None else state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tokens, args = (args[0], args[1:]) if args else (kwargs.pop(self.first), args)  # (batch, tokens, channels)
         registers = self.patch.plan.registers
-        args, kwargs = self._grow_masks(args, kwargs, tokens.shape[1])
         output = self.original(self._joined(tokens), *args, **kwargs)
         full = output[0] if isinstance(output, tuple) else output  # (batch, registers + tokens, channels)
         tokens = full[:, registers:]
@@ -203,29 +200,32 @@ class _Block:
         if self.patch.record is not None:
             self.patch.record.registers[self.index] = registers
 
-    def _grow_masks(self, args: tuple, kwargs: dict, tokens: int) -> tuple[tuple, dict]:
-        registers, grown = self.patch.plan.registers, list(args)
-        for name, position in self.masks.items():
-            if isinstance(kwargs.get(name), Tensor):
-                kwargs = {**kwargs, name: redirect.grow(kwargs[name], registers, tokens)}
-            elif 0 <= position < len(grown) and isinstance(grown[position], Tensor):
-                grown[position] = redirect.grow(grown[position], registers, tokens)
-        return tuple(grown), kwargs
-
 
 class _Attention:
-    """Hands back attention maps of the usual size, registers' rows and columns dropped."""
+    """Masks grow by the registers on the way in, attention maps lose them on the way out.
+
+    Here rather than at the block, since a block may add position biases of its own to the mask that it is given.
+    """
 
     def __init__(self, owner: Patch, index: int, original: Any):
         self.patch, self.index, self.original = owner, index, original
+        names = list(inspect.signature(original).parameters)
+        self.first = names[0]
+        self.masks = {name: names.index(name) for name in owner.tower.masks if name in names}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        registers = self.patch.plan.registers
+        tokens = (args[0] if args else kwargs[self.first]).shape[1] - registers
+        for name, position in self.masks.items():
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs = {**kwargs, name: redirect.grow(kwargs[name], registers, tokens)}
+            elif position < len(args) and isinstance(args[position], Tensor):
+                args = (*args[:position], redirect.grow(args[position], registers, tokens), *args[position + 1 :])
         output = self.original(*args, **kwargs)
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
             return output
         if self.patch.record is not None:
             self.patch.record.attentions[self.index] = output[1]
-        registers = self.patch.plan.registers
         return (output[0], output[1][..., registers:, registers:], *output[2:])
 
 

@@ -38,7 +38,9 @@ def run(model: nn.Module, inputs: dict, **more) -> dict[str, Tensor]:
 def close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert left.keys() == right.keys()
     for path, tensor in left.items():
-        torch.testing.assert_close(tensor, right[path], rtol=tolerance, atol=tolerance, msg=lambda m, p=path: f"{p}: {m}")
+        torch.testing.assert_close(
+            tensor, right[path], rtol=tolerance, atol=tolerance, msg=lambda m, p=path: f"{p}: {m}"
+        )
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -53,7 +55,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def test_every_output_keeps_its_shape_and_dtype(name):
     model, inputs = build(name)
     model.set_attn_implementation("eager")
-    wanted = dict(output_hidden_states=True, output_attentions=True)
+    wanted = {"output_hidden_states": True, "output_attentions": True}
     before = run(model, inputs, **wanted)
     assert any("attentions" in path for path in before)
     assert any("hidden_states" in path for path in before)

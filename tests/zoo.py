@@ -17,15 +17,15 @@ from torch import Tensor, nn
 SIZE, PATCH, CHANNELS, BLOCKS, NEURONS = 32, 8, 32, 3, 48
 BATCH = 2
 
-VISION = dict(
-    hidden_size=CHANNELS, num_hidden_layers=BLOCKS, num_attention_heads=4, intermediate_size=NEURONS,
-    image_size=SIZE, patch_size=PATCH,
-)  # fmt: skip
+VISION = {
+    "hidden_size": CHANNELS, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "intermediate_size": NEURONS,
+    "image_size": SIZE, "patch_size": PATCH,
+}  # fmt: skip
 DINO = {key: value for key, value in VISION.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
-TEXT = dict(
-    hidden_size=CHANNELS, num_hidden_layers=2, num_attention_heads=4, intermediate_size=NEURONS, vocab_size=64,
-    max_position_embeddings=16, bos_token_id=62, eos_token_id=63, pad_token_id=0,
-)  # fmt: skip
+TEXT = {
+    "hidden_size": CHANNELS, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": NEURONS,
+    "vocab_size": 64, "max_position_embeddings": 16, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ def _dinov2(model: type, config: type = hf.Dinov2Config, **more: Any) -> Tiny:
 
 def _clip(model: type, vision: bool) -> Tiny:
     if vision:
-        return _tiny(
-            model, lambda: hf.CLIPVisionConfig(**VISION, projection_dim=16, num_labels=5), other=INTERPOLATED
-        )
+        return _tiny(model, lambda: hf.CLIPVisionConfig(**VISION, projection_dim=16, num_labels=5), other=INTERPOLATED)
     return _tiny(
         model,
         lambda: hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16),
@@ -148,14 +146,15 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         ),
     },
     "siglip": {
-        "SiglipVisionModel": _tiny(
-            hf.SiglipVisionModel, lambda: hf.SiglipVisionConfig(**VISION), other=INTERPOLATED
-        ),
+        "SiglipVisionModel": _tiny(hf.SiglipVisionModel, lambda: hf.SiglipVisionConfig(**VISION), other=INTERPOLATED),
         "SiglipVisionModel-no-head": _tiny(
             hf.SiglipVisionModel, lambda: hf.SiglipVisionConfig(**VISION, vision_use_head=False)
         ),
         "SiglipModel": _tiny(
-            hf.SiglipModel, lambda: hf.SiglipConfig(text_config=TEXT, vision_config=VISION), images_and_text(), text=True
+            hf.SiglipModel,
+            lambda: hf.SiglipConfig(text_config=TEXT, vision_config=VISION),
+            images_and_text(),
+            text=True,
         ),
         "SiglipForImageClassification": _tiny(
             hf.SiglipForImageClassification,
