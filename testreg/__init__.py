@@ -3,6 +3,9 @@
 Find the few MLP neurons that write high-norm artefact patches, and move them into registers: `find`, then `patch`.
 """
 
+from typing import Any
+
+from . import registration
 from .errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
 from .families import FAMILIES, Family
 from .patch import Patch, active, patch
@@ -21,5 +24,17 @@ __all__ = [
     "TestregError",
     "UnsupportedModel",
     "active",
+    "load",
     "patch",
+    "save",
 ]
+
+registration.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "save"):  # they need transformers, which takes a second to import
+        from . import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,247 @@
+"""Saving a patched model, and loading an unpatched one with care. `load` is in `modeling_testreg`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from . import base
+from .atomic import replacing
+from .card import card
+from .errors import BadCheckpoint, TestregError, UnsupportedModel
+from .families import find_tower
+from .modeling_testreg import auto_map, fetch, load, skeleton
+from .patch import active
+from .recipe import MODEL_TYPE, PLAN, Recipe, read_json, sha256
+
+__all__ = ["is_patched", "load", "load_base", "save"]
+
+WEIGHTS = "testreg"  # variant in the weights' file names, so that no stock class finds them
+CODE = ("errors", "families", "plan", "redirect", "patch", "recipe", "modeling_testreg")
+# The image processor and the tokenizer of the unpatched checkpoint.
+PROCESSOR = re.compile(
+    r"(pre|video_pre)?processor_config\.json|(special_)?tokens?_map\.json|tokenizer.*|added_tokens\.json|"
+    r"special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|.*\.(model|jinja)|chat_template\.json|LICENSE.*"
+)
+OURS = re.compile(r".*\.(safetensors|json|md|py|txt|model|jinja|gitattributes)|LICENSE.*")
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    force: bool = False,
+    max_shard_size: int | str = "5GB",
+    push_to_hub: str | None = None,
+) -> Path:
+    """Write a patched model as a checkpoint that never loads as the unpatched one.
+
+    The weights are the unpatched model's, with its config, image processor and tokenizer, the plan, a model card, and
+    the code that loads all of it where testreg is not installed. Killed at any moment, `directory` holds what it held
+    before or the whole new checkpoint.
+
+    Args:
+        model: a model of transformers on which a patch acts.
+        directory: where to; made with its parents. Must be empty or not exist.
+        force: replace the checkpoint that `directory` holds.
+        max_shard_size: the size from which weights are split into several files.
+        push_to_hub: a hub name, `"me/vit-clean"`, to upload the directory to as well.
+
+    Returns:
+        The directory.
+
+    Raises:
+        TestregError: the model is not patched.
+        UnsupportedModel: its class is not one of transformers, or it is quantised.
+        BadCheckpoint: the directory is in use or cannot be written; nothing is changed.
+    """
+    acting = active(model)
+    if acting is None:
+        raise TestregError(
+            f"{type(model).__name__} is not patched, so there are no registers to save: testreg.patch(model, found) "
+            f"first, and save inside the `with` if there is one."
+        )
+    if not isinstance(model, PreTrainedModel) or not type(model).__module__.startswith("transformers."):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is no class of transformers, so its checkpoint could not be loaded again. Keep "
+            f"the plan instead: found.save(FILE), and testreg.patch(model, testreg.RegisterPlan.load(FILE)) later."
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is quantised: patch and save the unquantised model, or keep the plan with "
+            f"found.save(FILE)."
+        )
+    target = _free(Path(directory).expanduser(), model, force)
+    source = _source(model)
+    try:
+        with replacing(target) as build:
+            model.save_pretrained(build, variant=WEIGHTS, max_shard_size=max_shard_size)
+            weights = [path.name for path in build.iterdir() if f".{WEIGHTS}" in path.name]
+            acting.plan.save(build / PLAN)
+            for name, path in source.items():
+                if PROCESSOR.fullmatch(name):
+                    copyfile(path, build / name)
+            for name in CODE:
+                copyfile(Path(__file__).parent / f"{name}.py", build / f"{name}.py")
+            recipe = Recipe(
+                architecture=type(model).__name__,
+                weights=next((name for name in weights if name.endswith(".json")), weights[0]),
+                files={name: sha256(build / name) for name in sorted([*weights, PLAN])},
+                base_config=_without(read_json(build / "config.json"), "auto_map"),
+                base=base.describe(model),
+                init=_init(model),
+                attention=_attention(model),
+                versions={name: _version(name) for name in ("testreg", "torch", "transformers")},
+            )
+            config = {**recipe.to_config(), "auto_map": auto_map(model.config)}
+            (build / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            card(acting.plan, recipe.architecture, base.name(model), source.get("README.md")).save(build / "README.md")
+    except (OSError, SafetensorError) as error:
+        raise BadCheckpoint(f"{directory} could not be written: {error}. What it held before is untouched.") from error
+    if push_to_hub:
+        HfApi().create_repo(push_to_hub, exist_ok=True)
+        HfApi().upload_folder(repo_id=push_to_hub, folder_path=target)
+    return target
+
+
+def load_base(path: str | Path, **kwargs: Any) -> Any:
+    """An unpatched checkpoint as the class that its config names, in evaluation mode, or an error that says why not.
+
+    Args:
+        path: its directory, or its name on the hub.
+        kwargs: what `from_pretrained` takes.
+
+    Raises:
+        BadCheckpoint: there is no such checkpoint, it is damaged, lacks weights, or holds NaN.
+        UnsupportedModel: it holds no Vision Transformer of a known family.
+    """
+    local = Path(path).expanduser()
+    if local.exists() or local.is_absolute() or str(path).startswith((".", "~")):
+        read_json(fetch(path, {}) / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(
+            path, **{key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+        )
+    except TestregError:
+        raise
+    except Exception as error:  # offline, no such name, a damaged file, an unknown type: transformers raises anything
+        raise BadCheckpoint(f"{path} is no checkpoint that transformers can read: {_short(error)}") from error
+    if config.model_type == MODEL_TYPE:
+        raise BadCheckpoint(f"{path} has registers already; testreg.load loads it. Give the original checkpoint.")
+    named = next(iter(config.architectures or ()), "")
+    found = getattr(transformers, named, None)
+    model_class: Any = found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
+    try:
+        if model_class is not AutoModel:
+            find_tower(skeleton(model_class, config))  # a text model is refused before its weights are read
+        kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        model, info = model_class.from_pretrained(path, **kwargs)
+        missing = sorted(map(str, info["missing_keys"]))
+        if missing and all("pooler" in key for key in missing) and _takes_pooler(type(model)):
+            model, info = type(model).from_pretrained(path, add_pooling_layer=False, **kwargs)
+            missing = sorted(map(str, info["missing_keys"]))
+    except (TestregError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BadCheckpoint(f"{path} cannot be loaded as {named or 'a model'}: {_short(error)}") from error
+    find_tower(model)
+    if missing:
+        raise BadCheckpoint(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which would be "
+            f"random numbers: is it the right checkpoint, and complete?"
+        )
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.device.type != "meta" and not weight.isfinite().all():
+            raise BadCheckpoint(f"{path} holds NaN or infinity in {name}: the weights are broken, download them again.")
+    return model
+
+
+def is_patched(path: str | Path) -> bool:
+    """Whether a directory holds a checkpoint with registers."""
+    try:
+        values = read_json(Path(path).expanduser() / "config.json")
+    except BadCheckpoint:
+        return False
+    return isinstance(values, Mapping) and values.get("model_type") == MODEL_TYPE
+
+
+def _free(directory: Path, model: PreTrainedModel, force: bool) -> Path:
+    """The directory to write, where nothing is lost by it."""
+    target = directory.resolve()
+    source = str(model.name_or_path or "")
+    if source and Path(source).is_dir() and Path(source).resolve() == target:
+        raise BadCheckpoint(f"{directory} is the checkpoint that the model was loaded from: choose another directory.")
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise BadCheckpoint(f"{directory} is a file; a directory is needed.")
+    held = sorted(target.iterdir())
+    if held and not force:
+        raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass force=True (--force).")
+    if held:
+        other = next((path for path in held if not path.is_file() or not OURS.fullmatch(path.name)), None)
+        if other is not None or not (target / "config.json").is_file():
+            raise BadCheckpoint(
+                f"{directory} holds {f'{other.name}, which is' if other else 'no config.json, so it is'} no part of a "
+                f"checkpoint: nothing there is replaced. Choose another directory."
+            )
+    return target
+
+
+def _source(model: PreTrainedModel) -> dict[str, Path]:
+    """File name -> path, of the small files beside the checkpoint that `model` was loaded from."""
+    source = str(model.name_or_path or "")
+    if not source:
+        return {}
+    folder = Path(source)
+    if not folder.is_dir():
+        revision = getattr(model.config, "_commit_hash", None)
+        found = try_to_load_from_cache(source, "config.json", revision=revision) if source.count("/") < 2 else None
+        if not isinstance(found, str):
+            return {}
+        folder = Path(found).parent
+    return {path.name: path for path in folder.iterdir() if path.is_file()}
+
+
+def _init(model: PreTrainedModel) -> dict[str, bool]:
+    """A bare tower loaded from these weights, with or without a head around it now, must not make up a pooler."""
+    pooler = any(name.split(".")[-1] == "pooler" for name, _ in model.named_modules())
+    return {} if pooler else {"add_pooling_layer": False}
+
+
+def _takes_pooler(model_class: Any) -> bool:
+    return "add_pooling_layer" in inspect.signature(model_class).parameters
+
+
+def _attention(model: PreTrainedModel) -> str | None:
+    used = getattr(model.config, "_attn_implementation", None)
+    return used if used in ("eager", "sdpa") else None
+
+
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
