@@ -37,7 +37,7 @@ class Family:
     towers: str | tuple[str, ...]
     blocks: str | tuple[str, ...]
     down: str | tuple[str, ...] = "mlp.fc2"
-    attention: str | tuple[str, ...] = "attention"
+    attention: str | tuple[str, ...] = ("attention.attention", "attention")
     prefix: int = 1
     prefix_from: str | None = None
     seed: str | None = None
