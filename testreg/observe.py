@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,7 +78,7 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
     tower = find_tower(model)
     module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
     weight = next(module.parameters())
-    placed = {
+    placed: dict[str, Any] = {
         name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
@@ -95,13 +94,13 @@ def grid(height: int, width: int, patches: int) -> tuple[int, int]:
     Raises:
         UnsupportedModel: no grid of square patches has that many.
     """
-    rows = round(math.sqrt(patches * height / width))
-    if not rows or patches % rows or abs(height / rows - width / (patches // rows)) > 0.5 * height / rows:
-        raise UnsupportedModel(
-            f"{patches} patches are no grid of square ones on an image of {height} × {width} pixels; "
-            f"maps can only be drawn for models that keep every patch in its place."
-        )
-    return rows, patches // rows
+    for size in range(1, min(height, width) + 1):  # both counts only fall with the size, so the first match is the one
+        if (height // size) * (width // size) == patches:
+            return height // size, width // size
+    raise UnsupportedModel(
+        f"{patches} patches are no grid of square ones on an image of {height} × {width} pixels; "
+        f"maps can only be drawn for models that keep every patch in its place."
+    )
 
 
 def _keep_state(seen: Seen, block: int) -> Any:
@@ -138,12 +137,12 @@ def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
         if last == "qkv":  # one linear for queries, keys and values
             return part.register_forward_hook(lambda module, args, output: keep(output.chunk(3, dim=-1)[1]))
     if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None:
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
 
-        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            weight = module.in_proj_weight.chunk(3)[1]
-            bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[1]
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             source = args[1] if len(args) > 1 else kwargs["key"]
-            keep(nn.functional.linear(source, weight, bias))
+            keys = nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1])
+            keep(keys if attention.batch_first else keys.transpose(0, 1))
 
         return attention.register_forward_pre_hook(hook, with_kwargs=True)
     raise UnsupportedModel(
@@ -153,7 +152,7 @@ def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
 
 
 @contextmanager
-def _eager(module: nn.Module) -> Iterator[None]:
+def _eager(module: Any) -> Iterator[None]:
     config = getattr(module, "config", None)
     before = getattr(config, "_attn_implementation", None)
     if not hasattr(module, "set_attn_implementation") or before == "eager":

@@ -14,9 +14,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .errors import BadImages, BadPlan
+from .errors import BadPlan
 from .families import find_tower
-from .images import stream
+from .images import ImageStream, stream
 from .observe import grid, observe, run, unpatched
 from .patch import active, patch
 from .plan import RegisterPlan
@@ -51,7 +51,8 @@ def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     attention = (attention[:, :1] if tower.prefix else attention).mean(dim=1)  # (batch, tokens)
     registers = (1 - attention.sum(dim=-1)).clamp(min=0)
     attention = attention[:, tower.prefix :]  # (batch, patches)
-    size = grid(*inputs["pixel_values"].shape[-2:], norms.shape[-1])
+    height, width = inputs["pixel_values"].shape[-2:]
+    size = grid(height, width, norms.shape[-1])
     return [
         View(norm.unflatten(-1, size).cpu(), share.unflatten(-1, size).cpu(), float(taken))
         for norm, share, taken in zip(norms, attention, registers, strict=True)
@@ -97,24 +98,23 @@ def show(
     photos: list[Tensor] = []
     before: list[View] = []
     after: list[View] = []
-    for inputs in _first(images, processor, model):
-        photos.extend(_photo(pixels, processor) for pixels in inputs["pixel_values"])
+    source = stream(images, processor, model=model, batch_size=MOST)
+    for inputs in _first(source):
+        photos.extend(_photo(pixels, source.processor) for pixels in inputs["pixel_values"])
         with unpatched(model):
             before.extend(views(model, inputs))
         with patch(model, plan):
             after.extend(views(model, inputs))
-    if not photos:
-        raise BadImages("there is no photo to draw: none was given that can be read.")
     name = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     received = "class-token attention" if find_tower(model).prefix else "mean attention that each patch receives"
     return _draw(photos, before, after, title=name, subtitle=str(plan), attention=received)
 
 
-def _first(images: Any, processor: Any, model: nn.Module) -> Iterator[Mapping[str, Tensor]]:
+def _first(source: ImageStream) -> Iterator[Mapping[str, Tensor]]:
     left = MOST
-    for batch in stream(images, processor, batch_size=MOST):
+    for batch in source:
         yield {name: value[:left] for name, value in batch.inputs.items()}
-        left -= len(batch.digests)
+        left -= len(batch)
         if left <= 0:
             return
 
@@ -165,13 +165,13 @@ def _draw(
         write(middle, 1.4, text, size=10, color=QUIET)
 
     norms = [(view.norms[block], patched.norms[block]) for view, patched in zip(before, after, strict=True)]
-    scale = LogNorm(
-        min(float(map.min()) for pair in norms for map in pair), max(float(map.max()) for pair in norms for map in pair)
-    )
+    values = torch.cat([values.flatten() for pair in norms for values in pair]).clamp(min=1e-6)
+    low, high = float(values.min()), float(values.max())
+    scale = LogNorm(low, high)
     for row, photo in enumerate(photos):
         panel(row, 0, photo)
-        for column, map in enumerate(norms[row]):
-            panel(row, 1 + column, map, f"largest {map.max():.0f}, median {map.median():.0f}", norm=scale, cmap=MAP)
+        for column, norm in enumerate(norms[row]):
+            panel(row, 1 + column, norm, f"largest {norm.max():.3g}, median {norm.median():.3g}", norm=scale, cmap=MAP)
         for column, view in enumerate((before[row], after[row])):
             below = f"largest {view.attention.max():.1%}"
             if column:
@@ -179,7 +179,7 @@ def _draw(
             panel(row, 3 + column, view.attention, below, vmin=0, cmap=MAP)
 
     bar = box(lefts[1], height - FOOT + 0.12, 2 * SIDE + GAP, 0.12)
-    ticks = _round_ticks(scale.vmin, scale.vmax)
+    ticks = _round_ticks(low, high)
     colours = figure.colorbar(ScalarMappable(scale, MAP), cax=bar, orientation="horizontal", ticks=ticks, format="%g")
     colours.outline.set_visible(False)
     colours.minorticks_off()
