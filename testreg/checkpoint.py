@@ -29,7 +29,8 @@ from .recipe import MODEL_TYPE, PLAN, Recipe, read_json, sha256
 
 __all__ = ["is_patched", "load", "load_base", "save"]
 
-WEIGHTS = "testreg"  # variant in the weights' file names, so that no stock class finds them
+WEIGHTS = "model.testreg"  # how the weights' file names begin, so that no stock class finds them
+INDEX = f"{WEIGHTS}.safetensors.index.json"
 CODE = ("errors", "families", "plan", "redirect", "patch", "recipe", "modeling_testreg")
 # The image processor and the tokenizer of the unpatched checkpoint.
 PROCESSOR = re.compile(
@@ -88,8 +89,11 @@ def save(
     source = _source(model)
     try:
         with replacing(target) as build:
-            model.save_pretrained(build, variant=WEIGHTS, max_shard_size=max_shard_size)
-            weights = [path.name for path in build.iterdir() if f".{WEIGHTS}" in path.name]
+            type(model).save_pretrained(model, build, variant="testreg", max_shard_size=max_shard_size)
+            index = build / "model.safetensors.index.testreg.json"
+            if index.exists():
+                index.rename(build / INDEX)
+            weights = sorted(path.name for path in build.iterdir() if path.name.startswith(WEIGHTS))
             acting.plan.save(build / PLAN)
             for name, path in source.items():
                 if PROCESSOR.fullmatch(name):
@@ -98,8 +102,8 @@ def save(
                 copyfile(Path(__file__).parent / f"{name}.py", build / f"{name}.py")
             recipe = Recipe(
                 architecture=type(model).__name__,
-                weights=next((name for name in weights if name.endswith(".json")), weights[0]),
-                files={name: sha256(build / name) for name in sorted([*weights, PLAN])},
+                weights=INDEX if INDEX in weights else weights[0],
+                files={name: sha256(build / name) for name in [*weights, PLAN]},
                 base_config=_without(read_json(build / "config.json"), "auto_map"),
                 base=base.describe(model),
                 init=_init(model),

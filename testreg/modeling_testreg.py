@@ -126,6 +126,7 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
         raise BadCheckpoint(f"{directory} cannot be loaded as {model_class.__name__}: {_first_line(error)}") from error
     if as_saved and (missing := sorted(map(str, info["missing_keys"]))):
         raise BadCheckpoint(f"{directory} lacks weights of {model_class.__name__}: {', '.join(missing[:3])}.")
+    del model.config.transformers_weights
     patch(model, plan)
     model.save_pretrained = MethodType(save_pretrained, model)
     return (model, info) if wants_info else model
