@@ -1,0 +1,37 @@
+"""Was it worth it? Pure functions of tensors; nothing here runs a model."""
+
+from .agreement import Agreement, agreement
+from .bootstrap import Interval, bootstrap
+from .classify import knn, top1, zero_shot
+from .lost import located, lost, overlap
+from .outliers import BlockNorms, block_norms, interpolate
+from .probe import linear_probe
+from .segment import foreground, intersections, mean_iou, pixel_accuracy, pixel_ap, split
+from .sinks import Sinks, received, sink_rate, sinks
+
+__all__ = [
+    "Agreement",
+    "BlockNorms",
+    "Interval",
+    "Sinks",
+    "agreement",
+    "block_norms",
+    "bootstrap",
+    "foreground",
+    "interpolate",
+    "intersections",
+    "knn",
+    "linear_probe",
+    "located",
+    "lost",
+    "mean_iou",
+    "overlap",
+    "pixel_accuracy",
+    "pixel_ap",
+    "received",
+    "sink_rate",
+    "sinks",
+    "split",
+    "top1",
+    "zero_shot",
+]

@@ -1,0 +1,42 @@
+"""Confidence intervals by resampling images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """A value with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], images: int, *, level: float = 0.95, resamples: int = 2000
+) -> Interval:
+    """Percentile interval of `statistic` over images drawn with replacement; the same draws at every call.
+
+    Args:
+        statistic: of image indices `(images,)`, some of them more than once. A difference of two arms on the same
+            indices makes the interval a paired one.
+        level: of confidence, 0..1.
+    """
+    value = float(statistic(np.arange(images)))
+    if images < 2:
+        return Interval(value, float("nan"), float("nan"))
+    found = stats.bootstrap(
+        (np.arange(images),),
+        lambda index: statistic(index),
+        vectorized=False,
+        n_resamples=resamples,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return Interval(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
