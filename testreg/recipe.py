@@ -38,7 +38,9 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 INTRUDER = re.compile(r"adapter_config\.json|shard-\d{5}-model-.*\.safetensors")
 # Settings in a config that fetch or run something else than the class that is named.
 FOREIGN = {"auto_map", "quantization_config", "fusion_config", "kernel_config", "attn_implementation"}
-COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$")  # settings that make a model's constructor loop
+# Settings that make a constructor loop, and the most of them that make sense.
+BLOCKS, MOST_BLOCKS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$"), 10_000
+LABELS, MOST_LABELS = re.compile(r"num_(labels|classes)$"), 2**20
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ class Recipe:
         _expect(self.attention in (None, "eager", "sdpa"), "attention", self.attention)
         model_type = self.base_config.get("model_type")
         _expect(isinstance(model_type, str) and model_type != MODEL_TYPE, "base model type", model_type)
-        for key, _ in _walk(self.base_config):
+        for key, value in _walk(self.base_config):
             _expect(key not in FOREIGN, f"base_config (it sets {key!r})", "a setting that no saved model needs")
+            for name, most in ((BLOCKS, MOST_BLOCKS), (LABELS, MOST_LABELS)):
+                _expect(not name.search(str(key)) or _largest(value) <= most, f"base_config ({key})", value)
 
     @classmethod
     def read(cls, directory: str | Path) -> Recipe:
@@ -158,16 +162,9 @@ class Recipe:
                 )
         shapes = [shape for name in self._shards(directory) for shape in _shapes(directory / name)]
         for key, value in _walk(self.base_config):
-            if isinstance(key, str) and COUNTS.search(key):
-                largest = max((number for number in _numbers(value)), default=0)
-                _expect(
-                    largest <= len(shapes), f"base_config (it sets {key!r}; there are {len(shapes)} tensors)", value
-                )
-        numbers = sum(shapes)
-        for key in ("num_labels", "num_classes"):
-            value = self.base_config.get(key, 0)
-            _expect(not isinstance(value, int) or value <= max(numbers, 1000), key, value)
-        return numbers
+            if BLOCKS.search(str(key)):
+                _expect(_largest(value) <= len(shapes), f"base_config ({key}, for {len(shapes)} tensors)", value)
+        return sum(shapes)
 
     def _shards(self, directory: Path) -> list[str]:
         if not self.weights.endswith(".json"):
@@ -235,9 +232,9 @@ def _walk(values: Any) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def _numbers(value: Any) -> list[int]:
+def _largest(value: Any) -> int:
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [number for number in values if isinstance(number, int)]
+    return max((number for number in values if isinstance(number, int)), default=0)
 
 
 def _expect(holds: bool, name: str, value: Any) -> None:
