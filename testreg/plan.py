@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ class RegisterPlan:
             the paper's). A tensor `(channels,)` or `(registers, channels)` in the units of the residual stream =
             constant registers; the neurons are only taken away from the other tokens.
         provenance: where the plan comes from, plain JSON values: scores, settings tried, images, versions.
+        rest: block index -> what its register neurons, in ascending order, have on all other tokens: best their mean
+            over ordinary patches. None = 0, as in the paper.
 
     Raises:
         BadPlan: a value is of the wrong type or out of range.
@@ -44,6 +47,7 @@ class RegisterPlan:
     entry: int = 0
     state: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    rest: Mapping[int, tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.neurons, Mapping):
@@ -52,6 +56,8 @@ class RegisterPlan:
             )
         neurons = {_index(block, "a block"): _indices(row, block) for block, row in self.neurons.items()}
         object.__setattr__(self, "neurons", dict(sorted((block, row) for block, row in neurons.items() if row)))
+        if self.rest is not None:
+            object.__setattr__(self, "rest", _rest(self.rest, self.neurons))
         registers, entry = _index(self.registers, "registers"), _index(self.entry, "entry")
         if registers > MOST_REGISTERS:
             raise BadPlan(f"registers is {registers}; at most {MOST_REGISTERS} make sense, and usually 1 to 8.")
@@ -85,17 +91,15 @@ class RegisterPlan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RegisterPlan):
             return NotImplemented
-        if (self.neurons, self.registers, self.entry, self.form) != (
-            other.neurons,
-            other.registers,
-            other.entry,
-            other.form,
-        ):
+        if self._discrete() != other._discrete():
             return False
         return self.state is None or other.state is None or torch.equal(self.state, other.state)
 
     def __hash__(self) -> int:
         return hash((self.pairs, self.registers, self.entry, self.form))
+
+    def _discrete(self) -> tuple[Any, ...]:
+        return self.neurons, self.registers, self.entry, self.form, self.rest
 
     def __str__(self) -> str:
         neurons = ", ".join(f"({block}, {neuron})" for block, neuron in self.pairs[:8]) + (
@@ -141,6 +145,7 @@ class RegisterPlan:
             "registers": self.registers,
             "entry": self.entry,
             "form": self.form,
+            "rest": None if self.rest is None else {str(block): list(row) for block, row in self.rest.items()},
             "provenance": dict(self.provenance),
         }
 
@@ -156,13 +161,9 @@ class RegisterPlan:
             raise BadPlan(
                 f"the plan is of version {version!r}; this testreg reads version {VERSION}: pip install -U testreg."
             )
-        neurons, provenance = values.get("neurons"), values.get("provenance", {})
-        if (
-            not isinstance(neurons, dict)
-            or not isinstance(provenance, dict)
-            or not all(str(key).isdecimal() and len(key) < 10 for key in neurons)
-        ):
-            raise BadPlan("the plan's neurons or provenance are no JSON objects of the form that testreg writes.")
+        provenance = values.get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise BadPlan(f"the plan's provenance must be a JSON object, not {provenance!r:.100}.")
         if values.get("form") != ("dynamic" if state is None else "constant"):
             raise BadPlan(
                 f"the plan calls itself {values.get('form')!r}, but has {'no' if state is None else 'a'} state."
@@ -170,12 +171,32 @@ class RegisterPlan:
         if state is not None and not state.is_floating_point():
             raise BadPlan(f"the register state is of {state.dtype}; a floating-point tensor is needed.")
         return cls(
-            {int(block): row for block, row in neurons.items()},
+            _by_block(values.get("neurons"), "neurons"),
             registers=values.get("registers", 1),
             entry=values.get("entry", 0),
             state=state,
+            rest=None if values.get("rest") is None else _by_block(values["rest"], "rest"),
             provenance=provenance,
         )
+
+
+def _by_block(values: Any, name: str) -> dict[int, Any]:
+    """JSON's text keys as block indices."""
+    if not isinstance(values, dict) or not all(str(key).isdecimal() and len(key) < 10 for key in values):
+        raise BadPlan(f"the plan's {name} must be a JSON object with blocks as keys, not {values!r:.100}.")
+    if not all(isinstance(row, list) for row in values.values()):
+        raise BadPlan(f"the plan's {name} must hold one list per block, not {values!r:.100}.")
+    return {int(block): row for block, row in values.items()}
+
+
+def _rest(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[float, ...]]:
+    rows = rest if isinstance(rest, Mapping) and all(isinstance(row, (list, tuple)) for row in rest.values()) else {}
+    if {block: len(row) for block, row in rows.items()} != {block: len(row) for block, row in neurons.items()}:
+        raise BadPlan(f"rest must hold one number per register neuron, {dict(neurons)}, not {rest!r:.200}.")
+    for value in (value for row in rows.values() for value in row):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise BadPlan(f"rest holds {value!r:.50}, which is no finite number.")
+    return {block: tuple(map(float, rows[block])) for block in neurons}
 
 
 def _index(value: Any, name: str) -> int:
