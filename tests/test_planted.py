@@ -152,7 +152,8 @@ def test_decoys_are_tempting_and_innocent(name, where):
         return activation(pair)[:, tower.prefix :]
 
     register = max(patches(pair)[outliers].mean() for pair in pairs(planted.neurons))
-    assert all(patches(pair)[~outliers].abs().median() < 0.001 for pair in pairs(planted.neurons))
+    ordinary = ratios(tokens[planted.block]) < 2.2  # one patch in hundreds is neither
+    assert all(patches(pair)[ordinary].abs().max() < 2 for pair in pairs(planted.neurons))
     decoys = {kind: pair for kind, (pair,) in planted.decoys.items()}
     assert patches(decoys["everywhere"]).min() > register  # first by mean activation
     assert patches(decoys["tiny"])[outliers].mean() > 2 * register  # first by contrast
@@ -161,7 +162,7 @@ def test_decoys_are_tempting_and_innocent(name, where):
     assert early[outliers].mean() > 1.2 * early[~outliers].mean()
     downstream = patches(decoys["downstream"])
     assert downstream[outliers].mean() > register
-    assert downstream[~outliers].abs().max() < 0.1
+    assert downstream[ordinary].abs().max() < 0.1
     if tower.prefix:
         token = activation(decoys["class"])
         assert token[:, 0].min() > register
