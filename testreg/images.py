@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import decode, sources
@@ -43,7 +43,7 @@ def stream(
     images: Any,
     processor: Callable[..., Any] | None = None,
     *,
-    model: nn.Module | None = None,
+    model: Any = None,
     batch_size: int = 16,
     workers: int = 0,
 ) -> ImageStream:
@@ -88,7 +88,7 @@ def stream(
     return ImageStream(images, processor, batch_size, workers, missing)
 
 
-def processor_for(model: nn.Module) -> Any:
+def processor_for(model: Any) -> Any:
     """The image processor that lies with the checkpoint that `model` was loaded from; a pipeline's own.
 
     Raises:
