@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile
@@ -23,7 +22,7 @@ from .atomic import replacing
 from .card import card
 from .errors import BadCheckpoint, TestregError, UnsupportedModel
 from .families import find_tower
-from .modeling_testreg import auto_map, fetch, load, skeleton
+from .modeling_testreg import HUB, auto_map, fetch, first_line, load, skeleton
 from .patch import active
 from .recipe import MODEL_TYPE, PLAN, Recipe, read_json, sha256
 
@@ -32,12 +31,16 @@ __all__ = ["is_patched", "load", "load_base", "save"]
 WEIGHTS = "model.testreg"  # how the weights' file names begin, so that no stock class finds them
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 CODE = ("errors", "families", "plan", "redirect", "patch", "recipe", "modeling_testreg")
-# The image processor and the tokenizer of the unpatched checkpoint.
+# The image processor and the tokenizer of the unpatched checkpoint, and its licence.
 PROCESSOR = re.compile(
-    r"(pre|video_pre)?processor_config\.json|(special_)?tokens?_map\.json|tokenizer.*|added_tokens\.json|"
-    r"special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|.*\.(model|jinja)|chat_template\.json|LICENSE.*"
+    r"(pre|video_pre)?processor_config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|"
+    r"vocab\.(json|txt)|merges\.txt|[\w.-]+\.(model|jinja)|chat_template\.json|LICENSE(\.\w+)?"
 )
-OURS = re.compile(r".*\.(safetensors|json|md|py|txt|model|jinja|gitattributes)|LICENSE.*")
+# What else may lie in a directory that is replaced.
+CHECKPOINT = re.compile(
+    rf"(generation_)?config\.json|[\w.-]+\.safetensors(\.index\.json)?|pytorch_model[\w.-]*\.bin(\.index\.json)?|"
+    rf"README\.md|\.gitattributes|({'|'.join(CODE)})\.py"
+)
 
 
 def save(
@@ -116,8 +119,14 @@ def save(
     except (OSError, SafetensorError) as error:
         raise BadCheckpoint(f"{directory} could not be written: {error}. What it held before is untouched.") from error
     if push_to_hub:
-        HfApi().create_repo(push_to_hub, exist_ok=True)
-        HfApi().upload_folder(repo_id=push_to_hub, folder_path=target)
+        try:
+            HfApi().create_repo(push_to_hub, exist_ok=True)
+            HfApi().upload_folder(repo_id=push_to_hub, folder_path=target)
+        except Exception as error:  # of the hub's client: offline, no access, no such user
+            raise BadCheckpoint(
+                f"{directory} is saved, but could not be uploaded as {push_to_hub}: {first_line(error)}. Try again with "
+                f"`hf upload {push_to_hub} {directory}`."
+            ) from error
     return target
 
 
@@ -136,13 +145,12 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
     if local.exists() or local.is_absolute() or str(path).startswith((".", "~")):
         read_json(fetch(path, {}) / "config.json")
     try:
-        config = AutoConfig.from_pretrained(
-            path, **{key: kwargs[key] for key in ("revision", "token") if key in kwargs}
-        )
+        hub = {key: kwargs[key] for key in HUB if key in kwargs}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     except TestregError:
         raise
     except Exception as error:  # offline, no such name, a damaged file, an unknown type: transformers raises anything
-        raise BadCheckpoint(f"{path} is no checkpoint that transformers can read: {_short(error)}") from error
+        raise BadCheckpoint(f"{path} is no checkpoint that transformers can read: {first_line(error)}") from error
     if config.model_type == MODEL_TYPE:
         raise BadCheckpoint(f"{path} has registers already; testreg.load loads it. Give the original checkpoint.")
     named = next(iter(config.architectures or ()), "")
@@ -160,7 +168,7 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
     except (TestregError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise BadCheckpoint(f"{path} cannot be loaded as {named or 'a model'}: {_short(error)}") from error
+        raise BadCheckpoint(f"{path} cannot be loaded as {named or 'a model'}: {first_line(error)}") from error
     find_tower(model)
     if missing:
         raise BadCheckpoint(
@@ -175,11 +183,15 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
 
 def is_patched(path: str | Path) -> bool:
     """Whether a directory holds a checkpoint with registers."""
+    return _model_type(Path(path).expanduser()) == MODEL_TYPE
+
+
+def _model_type(directory: Path) -> str | None:
     try:
-        values = read_json(Path(path).expanduser() / "config.json")
+        values = read_json(directory / "config.json")
     except BadCheckpoint:
-        return False
-    return isinstance(values, Mapping) and values.get("model_type") == MODEL_TYPE
+        return None
+    return values.get("model_type") if isinstance(values, dict) else None
 
 
 def _free(directory: Path, model: PreTrainedModel, force: bool) -> Path:
@@ -195,14 +207,15 @@ def _free(directory: Path, model: PreTrainedModel, force: bool) -> Path:
     held = sorted(target.iterdir())
     if held and not force:
         raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass force=True (--force).")
-    if held:
-        other = next((path for path in held if not path.is_file() or not OURS.fullmatch(path.name)), None)
-        if other is not None or not (target / "config.json").is_file():
-            raise BadCheckpoint(
-                f"{directory} holds {f'{other.name}, which is' if other else 'no config.json, so it is'} no part of a "
-                f"checkpoint: nothing there is replaced. Choose another directory."
-            )
+    strangers = [path.name for path in held if not path.is_file() or not _belongs(path.name)]
+    if strangers or (held and not _model_type(target)):
+        has = f"{strangers[0]}, which is no part of a checkpoint" if strangers else "no config of a model"
+        raise BadCheckpoint(f"{directory} holds {has}: nothing there is replaced. Choose another directory.")
     return target
+
+
+def _belongs(name: str) -> bool:
+    return bool(PROCESSOR.fullmatch(name) or CHECKPOINT.fullmatch(name))
 
 
 def _source(model: PreTrainedModel) -> dict[str, Path]:
@@ -244,8 +257,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -41,6 +41,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         BadPlan: its plan is damaged or does not fit the model.
     """
     directory = fetch(path, kwargs)
+    kwargs.pop("trust_remote_code", None)  # nothing that lies in the directory is run
     recipe = Recipe.read(directory)
     config, unused = _base_config(recipe, kwargs)
     unused |= {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}  # the config takes them too
@@ -85,7 +86,7 @@ def _base_config(recipe: Recipe, kwargs: dict[str, Any]) -> tuple[PreTrainedConf
         config_class: Any = CONFIG_MAPPING[model_type]
         return config_class.from_dict({**recipe.base_config}, **{**kwargs, "return_unused_kwargs": True})
     except Exception as error:  # the values are a stranger's, and each config class checks them in its own way
-        raise BadCheckpoint(f"the checkpoint's config is damaged: {_first_line(error)}") from error
+        raise BadCheckpoint(f"the checkpoint's config is damaged: {first_line(error)}") from error
 
 
 def _class(name: str) -> Any:
@@ -123,7 +124,7 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
     except (TestregError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a stranger's config and weights can fail anywhere in the class that reads them
-        raise BadCheckpoint(f"{directory} cannot be loaded as {model_class.__name__}: {_first_line(error)}") from error
+        raise BadCheckpoint(f"{directory} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
     if as_saved and (missing := sorted(map(str, info["missing_keys"]))):
         raise BadCheckpoint(f"{directory} lacks weights of {model_class.__name__}: {', '.join(missing[:3])}.")
     del model.config.transformers_weights
@@ -148,7 +149,8 @@ def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -
     type(self).save_pretrained(self, save_directory, *args, **kwargs)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -86,8 +86,8 @@ class Recipe:
         _expect(isinstance(model_type, str) and model_type != MODEL_TYPE, "base model type", model_type)
         for key, value in _walk(self.base_config):
             _expect(key not in FOREIGN, f"base_config (it sets {key!r})", "a setting that no saved model needs")
-            for name, most in ((BLOCKS, MOST_BLOCKS), (LABELS, MOST_LABELS)):
-                _expect(not name.search(str(key)) or _largest(value) <= most, f"base_config ({key})", value)
+            for pattern, most in ((BLOCKS, MOST_BLOCKS), (LABELS, MOST_LABELS)):
+                _expect(not pattern.search(str(key)) or _largest(value) <= most, f"base_config ({key})", value)
 
     @classmethod
     def read(cls, directory: str | Path) -> Recipe:
@@ -129,7 +129,6 @@ class Recipe:
         base_config = {**recipe.pop("base_config"), "transformers_weights": NOT_WITHOUT_REGISTERS}
         return {
             "model_type": MODEL_TYPE,
-            "architectures": [self.architecture],
             "transformers_weights": NOT_WITHOUT_REGISTERS,
             "base_config": base_config,
             "testreg": {"format": FORMAT, **recipe},

@@ -184,6 +184,9 @@ def refused(load, *words):
 
 for name in ("ViTModel", "ViTForImageClassification", "DeiTModel", "CLIPVisionModel", "Dinov2Backbone"):
     refused(lambda: getattr(hf, name).from_pretrained(directory), "testreg.load", "trust_remote_code=True")
+for name in ("ViTModel", "ViTForImageClassification"):
+    model_class = getattr(hf, name)
+    refused(lambda: model_class.from_pretrained(directory, config=model_class.config_class()), "no file named")
 for name in ("AutoConfig", "AutoModel", "AutoModelForImageClassification"):
     refused(lambda: getattr(hf, name).from_pretrained(directory, trust_remote_code=False), "trust_remote_code=True")
 refused(lambda: hf.pipeline("image-classification", model=directory, trust_remote_code=False), "trust_remote_code=True")
@@ -311,6 +314,19 @@ def test_push_to_hub_uploads_the_whole_directory(tmp_path: Path, monkeypatch: py
     assert calls == [("create", "me/vit-clean"), ("upload", "me/vit-clean", constant())]
 
 
+def test_an_upload_that_fails_says_that_the_checkpoint_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Api:
+        def create_repo(self, name: str, **kwargs) -> None:
+            raise ConnectionError("offline")
+
+    monkeypatch.setattr(checkpoint, "HfApi", Api)
+    with pytest.raises(BadCheckpoint, match="is saved, but"):
+        testreg.save(patched()[0], tmp_path / "clean", push_to_hub="me/vit-clean")
+    testreg.load(tmp_path / "clean")
+
+
 def test_a_hub_name_that_cannot_be_had_is_a_clear_error() -> None:
     with pytest.raises(BadCheckpoint, match="no directory here, and cannot be had from the hub"):
         testreg.load("me/no-such-model", local_files_only=True)
@@ -342,7 +358,7 @@ def test_a_directory_in_use_is_left_alone(saved: Path, tmp_path: Path) -> None:
     testreg.load(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("stranger", ["photo.jpg", "thesis.tex", ".git", "subfolder"])
+@pytest.mark.parametrize("stranger", ["photo.jpg", "train.py", "notes.md", "boxes.json", ".git", "subfolder"])
 def test_force_replaces_nothing_but_a_checkpoint(stranger: str, saved: Path) -> None:
     if "." in stranger[1:]:
         (saved / stranger).write_text("precious")
@@ -354,11 +370,15 @@ def test_force_replaces_nothing_but_a_checkpoint(stranger: str, saved: Path) -> 
     assert sorted(path.name for path in saved.iterdir()) == before
 
 
-def test_force_replaces_no_directory_without_a_config(tmp_path: Path) -> None:
-    (tmp_path / "notes.md").write_text("precious")
-    with pytest.raises(BadCheckpoint, match=r"config\.json"):
+@pytest.mark.parametrize("config", [None, "precious", '{"theme": "dark"}'])
+def test_force_replaces_no_directory_without_a_models_config(config: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("precious")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    before = contents(tmp_path)
+    with pytest.raises(BadCheckpoint, match="config of a model"):
         testreg.save(patched()[0], tmp_path, force=True)
-    assert (tmp_path / "notes.md").read_text() == "precious"
+    assert contents(tmp_path) == before
 
 
 def test_the_models_own_checkpoint_is_never_replaced(saved: Path) -> None:
