@@ -1,0 +1,95 @@
+"""What every task of an evaluation has in common.
+
+A task looks at every sample through every arm, then turns what it saw into measures: per-image values and the statistic
+over images, so that intervals and differences between arms can be drawn from the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import labels
+from ..arms import Arm
+from ..labels import Sample
+from ..observe import run
+
+Statistic = Callable[[np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of one arm, with what it takes to resample it.
+
+    Attributes:
+        values: per image, `(images, ...)`.
+        statistic: of such values, whatever images they are of; the mean by default.
+        unit: "%" values are shares of 1.
+        setting: what was fixed or swept to get it.
+        kind: "fixed", one of a "sweep" (whose best is chosen on the test set), or a "floor" that needs no model.
+    """
+
+    values: np.ndarray
+    unit: str = "%"
+    statistic: Statistic = np.mean
+    setting: str = ""
+    kind: str = "fixed"
+
+
+Measures = dict[str, Measure]
+
+
+@dataclass
+class Task:
+    """Base of all tasks.
+
+    Attributes:
+        side: pixels of the shorter side of photos; None = however the processor does it.
+    """
+
+    name: ClassVar[str]
+    repairable: ClassVar[bool] = True  # whether a repair of what is read from the model means something here
+    side: int | None = None
+
+    def samples(self, data: str | Path) -> list[Sample]:
+        return labels.photos(data)
+
+    def look(self, arm: Arm, samples: Iterable[Sample]) -> Any:
+        """Run the arm's model, as it is now, over the samples."""
+        raise NotImplementedError
+
+    def measure(self, seen: Any, unpatched: Any) -> Measures:
+        """Measures of what an arm saw, given what the unpatched one did."""
+        raise NotImplementedError
+
+    def floor(self, samples: list[Sample], unpatched: Any) -> Measures:
+        """What answers that look at no photo score."""
+        return {}
+
+
+def answer(arm: Arm, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """What the model says of each image as a whole, `(batch, channels)`, and what that is.
+
+    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state.
+    """
+    model: Any = arm.model
+    if hasattr(model, "get_image_features"):
+        output = run(arm.tower.module, inputs)
+        with torch.no_grad():
+            pooled = output.pooler_output
+            project = getattr(model, "visual_projection", None)
+            return "image_embeds", (pooled if project is None else project(pooled)).float().cpu()
+    output = run(model, inputs, whole=True)
+    for kind in ("logits", "image_embeds", "pooler_output"):
+        if isinstance(found := getattr(output, kind, None), Tensor) and found.ndim == 2:
+            return kind, found.float().cpu()
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        states = output.feature_maps[-1].flatten(2).transpose(1, 2)  # a backbone: (batch, channels, rows, columns)
+    return "mean state", states.float().mean(dim=1).cpu()
