@@ -120,6 +120,18 @@ def test_for_seeds_scales_and_positions(name, seed, scale, where, neurons):
     check_artefact(model, inputs, planted, scale, most=0.25)
 
 
+@pytest.mark.parametrize(("block", "where"), [(0, (20,)), (1, "content"), (5, "corners"), (10, "content")])
+def test_in_any_block_of_a_deep_model(block, where):
+    config = transformers.Dinov2Config(
+        hidden_size=48, num_hidden_layers=12, num_attention_heads=4, image_size=112, patch_size=14
+    )
+    model = transformers.Dinov2Model(config).eval()
+    planted = plant(model, block=block, where=where, neurons=2, seed=block)
+    assert (planted.block, *planted.neurons) == (block, block)
+    pixels = torch.randn(16, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    check_artefact(model, {"pixel_values": pixels}, planted, 30, most=0.08)
+
+
 def test_content_or_position_decides_which_patches():
     rolled = {"pixel_values": zoo.build("ViTModel", 32)[1]["pixel_values"].roll(zoo.PATCH, dims=-1)}
     side = zoo.SIZE // zoo.PATCH
