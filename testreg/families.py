@@ -31,6 +31,10 @@ class Family:
         prefix_from: attribute of the tower that holds how many more there are (native registers), if any.
         seed: the norm between embeddings and first block, which a register that joins with the embeddings passes too.
         masks: the attention's arguments that are masks or biases over its tokens.
+        padded: the first of them marks patches that are padding.
+        rope: the attention's argument that holds rotary tables, if any.
+        positions: the attention's argument that holds the tokens' positions, 0 to tokens - 1 where it is not given.
+        bias: the module of a block, or of its attention, that makes a position bias for the tokens it is told of.
         package: top-level package of the tower class.
     """
 
@@ -42,27 +46,137 @@ class Family:
     prefix_from: str | None = None
     seed: str | None = None
     masks: tuple[str, ...] = ("attention_mask",)
+    padded: bool = False
+    rope: str | None = None
+    positions: str | None = None
+    bias: str | tuple[str, ...] = ()
     package: str = "transformers"
 
 
+LAYERS = ("layers", "encoder.layer")  # transformers moved the blocks of its ViTs, and named their MLPs anew, within 5.x
+MLP = ("mlp.fc2", "output.dense")
+SWIGLU = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
+
+
+def _clip(name: str, seed: str | None = "pre_layrnorm", prefix: int = 1, **more: Any) -> Family:
+    """One of the many towers that are built as CLIP's is."""
+    towers = (f"{name}VisionModel", f"{name}VisionTransformer")
+    return Family(towers, "encoder.layers", attention="self_attn", seed=seed, prefix=prefix, **more)
+
+
 FAMILIES: dict[str, Family] = {
-    "vit": Family("ViTModel", ("layers", "encoder.layer"), ("mlp.fc2", "output.dense")),
-    "deit": Family("DeiTModel", ("layers", "encoder.layer"), ("mlp.fc2", "output.dense"), prefix=2),
-    "dinov2": Family(
-        ("Dinov2Model", "Dinov2Backbone"), "encoder.layer", ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
-    ),
+    "vit": Family("ViTModel", LAYERS, MLP),
+    "deit": Family("DeiTModel", LAYERS, MLP, prefix=2),
+    "vit-msn": Family("ViTMSNModel", LAYERS, MLP),
+    "vit-mae": Family("ViTMAEModel", LAYERS, MLP),
+    "ijepa": Family("IJepaModel", LAYERS, MLP, prefix=0),
+    "dinov2": Family(("Dinov2Model", "Dinov2Backbone"), "encoder.layer", SWIGLU),
     "dinov2-with-registers": Family(
         ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
         "encoder.layer",
-        ("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
+        SWIGLU,
         prefix_from="config.num_register_tokens",
     ),
-    "clip": Family(
-        ("CLIPVisionModel", "CLIPVisionTransformer"), "encoder.layers", attention="self_attn", seed="pre_layrnorm"
+    "dinov3": Family(
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        ("model.layer", "layer"),
+        "mlp.down_proj",
+        prefix_from="config.num_register_tokens",
+        rope="position_embeddings",
     ),
-    "siglip": Family(
-        ("SiglipVisionModel", "SiglipVisionTransformer"), "encoder.layers", attention="self_attn", prefix=0
+    "beit": Family(
+        "BeitModel",
+        LAYERS,
+        MLP,
+        masks=("attention_mask", "relative_position_bias"),
+        bias=("relative_position_bias", "attention.attention.relative_position_bias"),
     ),
+    "data2vec-vision": Family(
+        "Data2VecVisionModel",
+        LAYERS,
+        MLP,
+        masks=("attention_mask", "relative_position_bias"),
+        bias=("relative_position_bias", "attention.attention.relative_position_bias"),
+    ),
+    "dpt": Family("DPTModel", LAYERS, MLP),
+    "clip": _clip("CLIP"),
+    "metaclip-2": _clip("MetaClip2"),
+    "chinese-clip": _clip("ChineseCLIP"),
+    "altclip": _clip("AltCLIP"),
+    "clipseg": _clip("CLIPSeg"),
+    "owlvit": _clip("OwlViT", seed="pre_layernorm"),
+    "owlv2": _clip("Owlv2", seed="pre_layernorm"),
+    "mlcd": _clip("MLCD", rope="position_embeddings"),
+    "git": _clip("Git"),
+    "siglip": _clip("Siglip", seed=None, prefix=0),
+    "siglip2": _clip("Siglip2", seed=None, prefix=0, padded=True),
+    "idefics2": _clip("Idefics2", seed=None, prefix=0, padded=True),
+    "idefics3": _clip("Idefics3", seed=None, prefix=0, padded=True),
+    "smolvlm": _clip("SmolVLM", seed=None, prefix=0, padded=True),
+    "blip": _clip("Blip", seed=None),
+    "blip-2": _clip("Blip2", seed=None),
+    "instructblip": _clip("InstructBlip", seed=None),
+    "aimv2": Family(("Aimv2VisionModel", "Aimv2VisionTransformer"), "encoder.layers", "ffn.down_proj", prefix=0),
+    "internvl": Family("InternVLVisionModel", "encoder.layer"),
+    "videomae": Family("VideoMAEModel", LAYERS, MLP, prefix=0),
+    "vjepa2": Family("VJEPA2Encoder", "layer", prefix=0, positions="position_mask"),
+    "timm-vit": Family(
+        "VisionTransformer",
+        "blocks",
+        attention="attn",
+        prefix=0,
+        prefix_from="num_prefix_tokens",
+        seed="norm_pre",
+        masks=("attn_mask",),
+        package="timm",
+    ),
+    "timm-eva": Family(
+        "Eva",
+        "blocks",
+        attention="attn",
+        prefix=0,
+        prefix_from="num_prefix_tokens",
+        seed="norm_pre",
+        masks=("attn_mask",),
+        rope="rope",
+        package="timm",
+    ),
+    "open-clip": Family(
+        "VisionTransformer",
+        "transformer.resblocks",
+        "mlp.c_proj",
+        "attn",
+        seed="ln_pre",
+        masks=("attn_mask",),
+        package="open_clip",
+    ),
+    "torchvision-vit": Family(
+        "VisionTransformer", "encoder.layers", "mlp.3", "self_attention", masks=("attn_mask",), package="torchvision"
+    ),
+}
+
+WINDOWS = "it attends inside windows, and a register, which belongs to the whole image, is in none of them"
+NO_TOKENS = "it is a convolutional network, without tokens that a register could join"
+PACKED = "it packs the patches of all images into one sequence, where a register would be shared between images"
+POOLED = "it merges its tokens between stages, so a register cannot travel from block to block"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("SwinModel", "SwinBackbone", "Swinv2Model", "Swinv2Backbone", "SwinTransformer"), WINDOWS),
+    **dict.fromkeys(("SwinTransformerV2", "DonutSwinModel", "MaskFormerSwinModel", "Swin2SRModel"), WINDOWS),
+    **dict.fromkeys(
+        ("SamVisionEncoder", "SamHQVisionEncoder", "Sam3ViTModel", "VitDetModel", "VitDetBackbone"), WINDOWS
+    ),
+    **dict.fromkeys(("GotOcr2VisionEncoder", "VisionTransformerSAM"), WINDOWS),
+    **dict.fromkeys(
+        ("ConvNextModel", "ConvNextBackbone", "ConvNextV2Model", "ConvNextV2Backbone", "ConvNeXt"), NO_TOKENS
+    ),
+    **dict.fromkeys(("ResNetModel", "ResNetBackbone", "ResNet", "DINOv3ConvNextModel", "ModifiedResNet"), NO_TOKENS),
+    **dict.fromkeys(("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"), PACKED),
+    **dict.fromkeys(("Qwen3VLVisionModel", "Glm4vVisionModel", "PixtralVisionModel", "NaFlexVit"), PACKED),
+    **dict.fromkeys(("VideoLlama3VisionModel", "Kimi_K25VisionModel"), PACKED),
+    **dict.fromkeys(("HieraModel", "HieraBackbone", "Hiera", "Sam2HieraDetModel", "PvtModel", "PvtV2Model"), POOLED),
+    **dict.fromkeys(("SegformerModel", "MViTv2", "LevitModel"), POOLED),
+    "Beit": "its attention keeps a position table of fixed size (the same model in transformers, BeitModel, can)",
 }
 
 
@@ -72,7 +186,7 @@ class Tower:
 
     Attributes:
         path: dotted name of the tower in the model, `""` where the model is the tower.
-        family: its key in `FAMILIES`.
+        family: its key in `FAMILIES`, and `row` what is there.
         prefix: number of tokens in front of the patches, class, distillation and native register tokens together.
         channels: width of the residual stream.
         neurons: number of MLP neurons per block.
@@ -80,12 +194,12 @@ class Tower:
 
     path: str
     family: str
+    row: Family
     module: nn.Module
     blocks: tuple[nn.Module, ...]
     downs: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     seed: nn.Module | None
-    masks: tuple[str, ...]
     prefix: int
     channels: int
     neurons: tuple[int, ...]
@@ -111,7 +225,7 @@ def find_tower(model: nn.Module) -> Tower:
                 towers.append(_resolve(path, module, name, family))
                 break
     if not towers:
-        raise UnsupportedModel(_unknown(model))
+        raise UnsupportedModel(_refused(model) or _unknown(model))
     if len(towers) > 1:
         raise UnsupportedModel(
             f"{type(model).__name__} holds {len(towers)} vision towers ({', '.join(tower.path for tower in towers)}): "
@@ -158,16 +272,25 @@ def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     return Tower(
         path=path,
         family=name,
+        row=family,
         module=module,
         blocks=blocks,
         downs=tuple(downs),
         attentions=tuple(attentions),
         seed=reach(module, family.seed) if family.seed else None,
-        masks=family.masks,
         prefix=family.prefix + (int(reach(module, family.prefix_from)) if family.prefix_from else 0),
         channels=int(downs[0].out_features),
         neurons=tuple(int(down.in_features) for down in downs),
     )
+
+
+def _refused(model: nn.Module) -> str | None:
+    for path, module in model.named_modules():
+        for name in (cls.__name__ for cls in type(module).__mro__):
+            if name in REFUSED:
+                what = type(model).__name__ + (f" (in its {path}, a {name})" if path else "")
+                return f"{what} cannot have registers: {REFUSED[name]}."
+    return None
 
 
 def _unknown(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import redirect
 from .errors import BadPlan, TestregError
-from .families import Tower, find_tower
+from .families import Tower, find_tower, reach
 from .plan import RegisterPlan
 
 PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
@@ -75,6 +75,7 @@ class Patch:
         self.tower, self.plan = tower, plan
         self.record: Record | None = None
         self.waiting: dict[int, tuple[int, Tensor]] = {}  # thread -> the block that its registers left last, and they
+        self.real: dict[int, Tensor] = {}  # thread -> which tokens are not padding, from the attention to the MLP
         self._undo: list[Any] = []
         self._stack().append(self)
         self._show_top()
@@ -121,8 +122,11 @@ class Patch:
             if registers:
                 self._replace(block, _Block(self, index, block.forward))
                 self._replace(attention, _Attention(self, index, attention.forward))
+                bias = reach(block, tower.row.bias)
+                if bias is not None:
+                    self._replace(bias, _Bias(registers, bias.forward, inside=bias in list(attention.modules())))
             if index in plan.neurons:
-                hook = _Neurons(plan.neurons[index], registers, fill=plan.state is None, device=_device(down))
+                hook = _Neurons(self, index, registers, _device(down))
                 self._undo.append(down.register_forward_pre_hook(hook).remove)
 
     def _replace(self, module: nn.Module, owner: Any) -> None:
@@ -202,26 +206,33 @@ class _Block:
 
 
 class _Attention:
-    """Masks grow by the registers on the way in, attention maps lose them on the way out.
+    """Masks and rotary tables grow by the registers on the way in, attention maps lose them on the way out.
 
     Here rather than at the block, since a block may add position biases of its own to the mask that it is given.
     """
 
     def __init__(self, owner: Patch, index: int, original: Any):
         self.patch, self.index, self.original = owner, index, original
-        names = list(inspect.signature(original).parameters)
-        self.first = names[0]
-        self.masks = {name: names.index(name) for name in owner.tower.masks if name in names}
+        self.names = list(inspect.signature(original).parameters)
+        row, plan = owner.tower.row, owner.plan
+        self.masks, self.rope, self.positions = row.masks, row.rope, row.positions
+        self.padded = row.padded and plan.state is None and index in plan.neurons
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         registers = self.patch.plan.registers
-        tokens = (args[0] if args else kwargs[self.first]).shape[1] - registers
-        for name, position in self.masks.items():
-            if isinstance(kwargs.get(name), Tensor):
-                kwargs = {**kwargs, name: redirect.grow(kwargs[name], registers, tokens)}
-            elif position < len(args) and isinstance(args[position], Tensor):
-                args = (*args[:position], redirect.grow(args[position], registers, tokens), *args[position + 1 :])
-        output = self.original(*args, **kwargs)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        first = given.pop(self.names[0])
+        tokens = first.shape[1] - registers
+        for name in self.masks:
+            if isinstance(given.get(name), Tensor):
+                given[name] = redirect.grow(given[name], registers, tokens)
+        if self.rope and given.get(self.rope) is not None:
+            given[self.rope] = redirect.unturned(given[self.rope], registers)
+        if self.positions:
+            given[self.positions] = redirect.positions(given.get(self.positions), registers, first)
+        if self.padded and isinstance(given.get(self.masks[0]), Tensor):
+            self.patch.real[_thread()] = redirect.real(given[self.masks[0]])
+        output = self.original(first, **given)
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
             return output
         if self.patch.record is not None:
@@ -229,15 +240,33 @@ class _Attention:
         return (output[0], output[1][..., registers:, registers:], *output[2:])
 
 
+class _Bias:
+    """A position bias that counts the tokens without registers; the attention that calls it needs it grown."""
+
+    def __init__(self, registers: int, original: Any, *, inside: bool):
+        self.registers, self.original, self.inside = registers, original, inside
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("dim_size") is not None:
+            kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - self.registers}
+        bias = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
+        return redirect.grow(bias, self.registers, bias.shape[-1]) if self.inside else bias
+
+
 class _Neurons:
     """Pre-hook of the MLP's second linear."""
 
-    def __init__(self, neurons: tuple[int, ...], registers: int, *, fill: bool, device: torch.device):
-        self.neurons, self.registers, self.fill = _Placed(torch.tensor(neurons, device=device)), registers, fill
+    def __init__(self, owner: Patch, index: int, registers: int, device: torch.device):
+        plan = owner.plan
+        self.patch, self.registers, self.fill = owner, registers, plan.state is None
+        neurons = torch.tensor(plan.neurons[index], device=device)
+        self.neurons = _Placed(neurons)
+        self.rest = _Placed(torch.tensor(plan.rest[index], device=device)) if plan.rest else None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        neurons = self.neurons.on(args[0].device)
-        return (redirect.move(args[0], neurons, self.registers, fill=self.fill), *args[1:])
+        neurons, real = self.neurons.on(args[0].device), self.patch.real.pop(_thread(), None)
+        rest = self.rest.like(args[0]) if self.rest else None
+        return (redirect.move(args[0], neurons, self.registers, fill=self.fill, rest=rest, real=real), *args[1:])
 
 
 class _Placed:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from testreg.redirect import grow, join, move
+from testreg.redirect import grow, join, move, positions, real, unturned
 
 
 def loop(activation: Tensor, neurons: list[int], registers: int, fill: bool) -> Tensor:
@@ -79,25 +79,65 @@ def test_join_puts_registers_in_front_of_every_image_in_the_dtype_of_the_tokens(
     assert torch.equal(joined[:, 2:], tokens)
 
 
+REAL = torch.tensor([[True, True, False, True], [True, False, False, True]])
+ADDITIVE = torch.zeros(2, 1, 4, 4).masked_fill(~REAL[:, None, None, :], torch.finfo(torch.float32).min)
+
+
 @pytest.mark.parametrize("registers", [1, 3])
-def test_grown_masks_let_everyone_see_the_registers_and_change_nothing_else(registers):
-    boolean = torch.tensor([[True, True, False, True], [True, False, False, True]])
-    additive = torch.zeros(2, 1, 4, 4).masked_fill(~boolean[:, None, None, :], float("-inf"))
-    for mask, value in (
-        (boolean, True),
-        (boolean.long(), 1),
-        (boolean[:, None, None, :].expand(2, 1, 4, 4), True),
-        (additive, 0.0),
-    ):
-        grown = grow(mask, registers, 4)
-        assert grown.dtype == mask.dtype
-        assert grown.shape[-1] == 4 + registers
-        assert (grown[..., :registers] == value).all()
-        kept = grown[..., registers:] if mask.ndim == 2 else grown[..., registers:, registers:]
-        assert torch.equal(kept, mask)
-        if mask.ndim == 4:
-            assert grown.shape[-2] == 4 + registers
-            assert (grown[..., :registers, :registers] == value).all()
+@pytest.mark.parametrize(
+    ("mask", "free"),
+    [
+        (REAL, True),
+        (REAL.long(), 1),
+        (REAL[:, None, None, :].expand(2, 1, 4, 4), True),
+        (ADDITIVE, 0.0),
+        (ADDITIVE.half(), 0.0),
+        (torch.randn(1, 3, 4, 4), 0.0),  # a position bias
+    ],
+    ids=["bool", "long", "bool-4d", "additive", "half", "bias"],
+)
+def test_grown_masks_let_everyone_see_the_registers_and_change_nothing_else(registers, mask, free):
+    grown = grow(mask, registers, 4)
+    assert grown.dtype == mask.dtype
+    assert grown.shape[-1] == 4 + registers
+    assert (grown[..., :registers] == free).all()
+    if mask.ndim == 2:
+        assert torch.equal(grown[..., registers:], mask)
+    else:
+        assert grown.shape[-2] == 4 + registers
+        assert torch.equal(grown[..., registers:, registers:], mask)
+        rows = grown[..., :registers, registers:]  # what the registers see: all but padding
+        if mask.shape[0] == 2:
+            assert torch.equal(rows == free, REAL[:, None, None, :].expand_as(rows))
+            assert torch.equal(real(grown)[:, registers:], REAL)
+        else:
+            assert (rows == free).all()
+    assert real(grown)[:, :registers].all()
+
+
+def test_padding_never_wins_the_maximum():
+    activation = torch.tensor([[[0.0], [1.0], [9.0]], [[0.0], [3.0], [2.0]]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    moved = move(activation, torch.tensor([0]), 1, fill=True, real=mask)
+    assert moved[:, 0, 0].tolist() == [1, 3]
+    assert torch.count_nonzero(moved[:, 1:]) == 0
+
+
+def test_unturned_rows_are_the_rotation_by_nothing():
+    angles = torch.randn(5, 4)
+    together = unturned(torch.cat([angles.sin(), angles.cos()], -1), 2)
+    cosines, sines = unturned((angles.cos(), angles.sin()), 2)
+    assert torch.equal(together, torch.cat([sines, cosines], -1))
+    assert torch.equal(cosines[2:], angles.cos())
+    assert torch.equal(sines[2:], angles.sin())
+    assert (cosines[:2] == 1).all()
+    assert (sines[:2] == 0).all()
+
+
+def test_positions_leave_the_tokens_where_they_were():
+    tokens = torch.zeros(2, 5, 8)
+    assert positions(None, 2, tokens).tolist() == [[0, 0, 0, 1, 2]] * 2
+    assert positions(torch.tensor([[7, 4, 9]]), 2, tokens).tolist() == [[0, 0, 7, 4, 9]]
 
 
 def test_a_query_less_mask_grows_along_its_keys_only():
