@@ -124,7 +124,7 @@ def save(
             HfApi().upload_folder(repo_id=push_to_hub, folder_path=target)
         except Exception as error:  # of the hub's client: offline, no access, no such user
             raise BadCheckpoint(
-                f"{directory} is saved, but could not be uploaded as {push_to_hub}: {first_line(error)}. Try again with "
+                f"{directory} is saved, but could not be uploaded as {push_to_hub}: {first_line(error)}. Try again: "
                 f"`hf upload {push_to_hub} {directory}`."
             ) from error
     return target

@@ -149,6 +149,25 @@ def test_a_real_checkpoint_comes_back_with_its_image_processor(assets: Path, tmp
     )  # no private path
 
 
+def test_the_image_processor_of_a_hub_name_comes_from_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "snapshots" / "abc"
+    cache.mkdir(parents=True)
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json", "training_args.bin", "script.py"):
+        (cache / name).write_text("{}")
+    monkeypatch.setattr(checkpoint, "try_to_load_from_cache", lambda repo, file, revision: str(cache / file))
+    model, _ = patched()
+    model.name_or_path = model.config.name_or_path = "org/vit"
+    directory = testreg.save(model, tmp_path / "clean")
+    assert (directory / "preprocessor_config.json").is_file()
+    assert (directory / "tokenizer.json").is_file()
+    assert not (directory / "training_args.bin").exists()
+    assert not (directory / "script.py").exists()
+    assert "base_model: org/vit" in (directory / "README.md").read_text()
+    assert Recipe.read(directory).base["model"] == "org/vit"
+
+
 def test_auto_classes_load_it_once_testreg_is_imported(saved: Path) -> None:
     model, inputs = patched()
     assert_same(outputs(hf.AutoModelForImageClassification.from_pretrained(saved), inputs), outputs(model, inputs))
@@ -237,7 +256,7 @@ def test_a_new_process_with_and_without_testreg_gives_the_same_bits(saved: Path,
     runs = {
         word: subprocess.Popen(
             [sys.executable, "-c", code, str(saved), str(tmp_path / "kept.safetensors")],
-            env={**environment, "PYTHONPATH": ""},
+            env={**environment, "PYTHONPATH": str(Path(testreg.__file__).parents[1])},
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
