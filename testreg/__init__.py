@@ -3,6 +3,7 @@
 Find the few MLP neurons that write high-norm artefact patches, and move them into registers: `find`, then `patch`.
 """
 
+from importlib import import_module
 from typing import Any
 
 from . import registration
@@ -24,6 +25,8 @@ __all__ = [
     "TestregError",
     "UnsupportedModel",
     "active",
+    "find",
+    "inspect",
     "load",
     "patch",
     "save",
@@ -32,9 +35,11 @@ __all__ = [
 registration.register()
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("load", "save"):  # they need transformers, which takes a second to import
-        from . import checkpoint
+# Loaded when first used: they need transformers, which takes a second to import.
+LAZY = {"find": "search", "inspect": "inspection", "load": "checkpoint", "save": "checkpoint"}
 
-        return getattr(checkpoint, name)
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(import_module(f".{LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,237 @@
+"""Which patches are outliers, and which neurons write them: decided by the images, with nothing to set."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Tower, reach
+from .observe import run
+from .scan import Kept, Norms, bin_of, outputs, stack, together, value
+from .trial import Enough, Threshold
+
+LEAST, MOST = 2.0, 8.0  # times the median norm: between these, the emptiest place parts outliers from other patches
+STRONG = 3.0  # times the median norm: an artefact's outliers reach this
+COMMON = 0.05  # share of images that have an outlier where there is an artefact
+SELECTIVE = 3.0  # how many of its standard deviations over ordinary patches a register neuron fires above their mean
+FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
+SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2")  # what multiplies an MLP's output
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Where the outliers are.
+
+    Attributes:
+        threshold: from which norm on a patch is one.
+        block: at whose output they first appear.
+        shown: the block whose output shows them best.
+        share: of patches that are outliers there, 0..1.
+        images: share of images with one there, 0..1.
+    """
+
+    threshold: Threshold
+    block: int
+    shown: int
+    share: float
+    images: float
+
+
+def artefact(norms: Norms, threshold: Threshold) -> Artefact | None:
+    """Where patches lie above `threshold`; None where they do not, in one image of twenty at least."""
+    share, images = shares(norms, threshold)
+    largest = largest_ratio(norms)
+    real = images >= COMMON
+    if threshold.norm is None:
+        real &= largest > STRONG
+    share = share.where(real, 0.0)
+    if not share.any():
+        return None
+    # Among the blocks with the most outliers, the one where they stand out most.
+    shown = int(largest.where(share >= 0.9 * share.max(), 0.0).argmax())
+    block = shown
+    while block and share[block - 1] >= 0.5 * share[shown]:
+        block -= 1
+    return Artefact(threshold, block, shown, float(share[shown]), float(images[shown]))
+
+
+def shares(norms: Norms, threshold: Threshold) -> tuple[Tensor, Tensor]:
+    """Share of outlier patches, and of images with one, at the output of every block `(blocks,)`."""
+    if threshold.norm is None:
+        return norms.ratios.above(threshold.times), norms.peaks.above(threshold.times)
+    return norms.norms.above(threshold.norm), norms.highest.above(threshold.norm)
+
+
+def largest_ratio(norms: Norms) -> Tensor:
+    """The largest norm over the median norm of its image, per block `(blocks,)`."""
+    return norms.peaks.quantile(1.0)
+
+
+def valley(norms: Norms) -> Threshold:
+    """Where outliers part from other patches, by the distribution of norms.
+
+    A norm's ratio to the median of its image has a second mode where there is an artefact. The two part at the emptiest
+    place between 2 and 8 times the median, at the block where some patch stands out most.
+    """
+    low, high = bin_of(LEAST), bin_of(MOST)
+    counts = norms.ratios.counts[int(largest_ratio(norms).argmax()), low:high].float()
+    window = (high - low) // 8  # a quarter octave
+    smooth = counts.unfold(0, window, 1).mean(1)
+    emptiest, lengths = torch.unique_consecutive(smooth == smooth.min(), return_counts=True)
+    widest = int((lengths * emptiest).argmax())
+    middle = lengths[:widest].sum() + lengths[widest] / 2 + window / 2
+    return Threshold(times=float(value(low + middle)))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A neuron that may be a register neuron; activations are means over patches.
+
+    Attributes:
+        score: how far it moves outliers away from ordinary patches: the contrast of its activation times its output,
+            as the block adds it to the residual stream, along the difference between the two.
+        outliers, ordinary: its activation at outliers and at ordinary patches.
+        spread: standard deviation of its activation over ordinary patches.
+    """
+
+    block: int
+    neuron: int
+    score: float
+    outliers: float
+    ordinary: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a closer look found.
+
+    Attributes:
+        candidates: best first.
+        states: block -> its input at the outliers `(outliers, channels)`, for blocks around the first with outliers.
+        per_image: mean number of outliers in images that have any.
+        positions: the patches that are outliers in nearly every image, where nearly all outliers are there; else empty.
+    """
+
+    candidates: tuple[Candidate, ...]
+    states: dict[int, Tensor]
+    per_image: float
+    positions: tuple[int, ...]
+
+
+def rank(
+    model: nn.Module,
+    tower: Tower,
+    images: list[Kept],
+    found: Artefact,
+    batch_size: int,
+    blocks: range | None = None,
+    *,
+    by_activation: bool = False,
+) -> Ranking:
+    """Rank the neurons up to the block where outliers appear by what they contribute to them.
+
+    The model runs as it is, patched or not, and only as far as needed.
+
+    Args:
+        images: kept images, whose norms tell the outliers.
+        blocks: where register neurons may be; by default all blocks up to the first that shows outliers.
+        by_activation: score every neuron by its mean activation at outliers alone, as published (arXiv 2506.08010,
+            section 4.1).
+    """
+    last = found.block
+    sums = [_Sums() for _ in range(last + 1)]
+    streams = [_Sums() for _ in range(last + 1)]
+    states: dict[int, list[Tensor]] = {entry: [] for entry in range(max(1, last - 1), min(last + 3, len(tower.blocks)))}
+    stop = max(last, *states) - 1 if states else last
+    for batch in together(images, batch_size):
+        outliers = torch.stack([found.threshold.outliers(image.norms[found.shown]) for image in batch])
+
+        def read(index: int, tokens: Tensor, outliers: Tensor = outliers) -> None:
+            patches = tokens[:, -outliers.shape[1] :]  # (images, patches, channels)
+            if index <= last:
+                streams[index].add(patches, outliers)
+            if index + 1 in states:
+                states[index + 1].append(patches[outliers.to(patches.device)].float().cpu())
+            if index >= max(last, stop):
+                raise Enough
+
+        def activations(index: int, outliers: Tensor = outliers) -> Any:
+            return lambda module, args: sums[index].add(args[0][:, -outliers.shape[1] :], outliers)
+
+        handles = [tower.downs[index].register_forward_pre_hook(activations(index)) for index in range(last + 1)]
+        try:
+            with outputs(tower, read), suppress(Enough):
+                run(model, stack(batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+    candidates = []
+    for block in blocks or range(last + 1):
+        if block <= last:
+            candidates += _candidates(tower, block, sums[block], streams[block], by_activation)
+    best = max((candidate.score for candidate in candidates), default=0.0)
+    chosen = sorted(
+        (candidate for candidate in candidates if candidate.score > (0 if by_activation else FAINT * best)),
+        key=lambda candidate: (-candidate.score, candidate.block, candidate.neuron),
+    )
+    counts = [int(found.threshold.outliers(image.norms[found.shown]).sum()) for image in images]
+    per_image = sum(counts) / max(1, sum(count > 0 for count in counts))
+    joined = {entry: torch.cat(rows) for entry, rows in states.items() if rows}
+    return Ranking(tuple(chosen), joined, per_image, locked(images, found))
+
+
+def locked(images: list[Kept], found: Artefact) -> tuple[int, ...]:
+    """Patches that are outliers in nine of ten images, if nine of ten outliers are there; else none."""
+    outliers = [found.threshold.outliers(image.norms[found.shown]) for image in images]
+    if len({len(row) for row in outliers}) != 1:
+        return ()
+    counts = torch.stack(outliers).sum(0)  # (patches,)
+    often = counts >= 0.9 * len(outliers)
+    return tuple(often.nonzero().flatten().tolist()) if counts[often].sum() >= 0.9 * counts.sum() else ()
+
+
+class _Sums:
+    """Sums over outlier and over ordinary patches, in double precision."""
+
+    def __init__(self) -> None:
+        self.outliers, self.ordinary, self.squares = 0, 0, torch.zeros(())
+        self.at_outliers, self.at_ordinary = torch.zeros(()), torch.zeros(())
+
+    def add(self, values: Tensor, outliers: Tensor) -> None:
+        """Add values `(images, patches, any)` of patches, of which `outliers` `(images, patches)` are outliers."""
+        picked = values[outliers.to(values.device)].double().cpu()  # (outliers, any)
+        self.outliers += len(picked)
+        self.ordinary += outliers.numel() - len(picked)
+        self.at_outliers = self.at_outliers + picked.sum(0)
+        self.at_ordinary = self.at_ordinary + values.sum((0, 1), dtype=torch.float32).double().cpu() - picked.sum(0)
+        squares = values.float().square().sum((0, 1)).double().cpu()
+        self.squares = self.squares + squares - picked.square().sum(0)
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean over outliers, mean and standard deviation over ordinary patches, each `(any,)`."""
+        ordinary = self.at_ordinary / max(1, self.ordinary)
+        spread = (self.squares / max(1, self.ordinary) - ordinary.square()).clamp(min=0).sqrt()
+        return self.at_outliers / max(1, self.outliers), ordinary, spread
+
+
+def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activation: bool) -> list[Candidate]:
+    outliers, ordinary, spread = sums.means()  # (neurons,)
+    at_outliers, at_ordinary, _ = stream.means()  # (channels,)
+    away = torch.nn.functional.normalize(at_outliers - at_ordinary, dim=0)
+    scale = reach(tower.blocks[block], SCALES)
+    if isinstance(scale, Tensor):
+        away = away * scale.detach().double().cpu()
+    down: Any = tower.downs[block]
+    weight = down.weight.detach().double().cpu()  # (channels, neurons)
+    contrast = outliers - ordinary
+    scores = outliers if by_activation else contrast * (away @ weight)
+    wanted = (scores > 0) & ((contrast.abs() > SELECTIVE * spread) | by_activation)
+    return [
+        Candidate(block, neuron, *(float(part[neuron]) for part in (scores, outliers, ordinary, spread)))
+        for neuron in wanted.nonzero().flatten().tolist()
+    ]

@@ -1,0 +1,93 @@
+"""`inspect`: has a model the artefact, and where?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .detect import Artefact, artefact, largest_ratio, shares, valley
+from .families import find_tower
+from .images import stream
+from .metrics.outliers import BlockNorms
+from .scan import scan
+from .search import Seen, quiet
+from .trial import Threshold
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Patch norms of a model, block by block.
+
+    Attributes:
+        blocks: one row per block, of its output.
+        ratios: the largest norm over the median norm of its image, per block.
+        threshold: from which norm on a patch counts as an outlier.
+        artefact: where outliers are; None where there is no artefact.
+        images: how many were looked at.
+        family: of the vision tower.
+    """
+
+    blocks: tuple[BlockNorms, ...]
+    ratios: tuple[float, ...]
+    threshold: Threshold
+    artefact: Artefact | None
+    images: int
+    family: str
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.artefact is None:
+            return (
+                f"No artefact: no group of patches stands apart from the others (largest norm {max(self.ratios):.1f} times "
+                f"the median of its image). There is nothing to patch."
+            )
+        found = self.artefact
+        return (
+            f"The artefact is there: {found.share:.2%} of the patches, in {found.images:.0%} of the images, have up to "
+            f"{self.ratios[found.shown]:.0f} times the median norm, from the output of block {found.block} on."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "family": self.family,
+            "images": self.images,
+            "verdict": self.verdict,
+            "artefact": None if self.artefact is None else asdict(self.artefact),
+            "threshold": str(self.threshold),
+            "blocks": [
+                {"block": block, **asdict(row), "ratio": ratio}
+                for block, (row, ratio) in enumerate(zip(self.blocks, self.ratios, strict=True))
+            ],
+        }
+
+
+def inspect(
+    model: nn.Module,
+    images: Any,
+    *,
+    processor: Callable[..., Any] | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    threshold: float | None = None,
+    progress: bool = False,
+) -> Inspection:
+    """Patch norms per block and a verdict, of the model as it is, patched or not; arguments as in `find`.
+
+    Raises:
+        BadImages, UnsupportedModel: what was given cannot be used.
+    """
+    tower = find_tower(model)
+    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers)
+    with quiet(model):
+        norms, _ = scan(model, tower, Seen(batches, progress), size=1)
+    limit = Threshold(0.0, threshold) if threshold else valley(norms)
+    share, with_one = shares(norms, limit)
+    columns = (norms.norms.quantile(0.5), norms.norms.quantile(0.99), norms.largest, share, with_one)
+    rows = tuple(BlockNorms(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
+    ratios = tuple(largest_ratio(norms).tolist())
+    return Inspection(rows, ratios, limit, artefact(norms, limit), norms.images, tower.family)

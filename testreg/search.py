@@ -1,0 +1,224 @@
+"""`find`: from images to a plan, with nothing to set."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+from .base import describe
+from .choose import Search, Wanted
+from .detect import Artefact, artefact, largest_ratio, valley
+from .errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
+from .families import Tower, find_tower
+from .images import Batch, ImageStream, stream
+from .patch import active
+from .plan import MOST_REGISTERS, RegisterPlan
+from .scan import Kept, Norms, Sample, scan
+from .trial import Bench, Score, Threshold
+
+FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
+RANKED, TRIED = 16, 16  # images at most; the guard has the rest of the sample
+# What the guard allows, on images that no choice was made on:
+MOST_LEFT = 0.05  # of the outliers
+LEAST_COSINE, LEAST_FEATURES = 0.97, 0.95
+
+
+def find(
+    model: nn.Module,
+    images: Any,
+    *,
+    processor: Callable[..., Any] | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    threshold: float | None = None,
+    blocks: tuple[int, int] | None = None,
+    top_k: int | None = None,
+    registers: int | None = None,
+    form: Literal["dynamic", "constant"] | None = None,
+    entry: int | None = None,
+    recipe: Literal["auto", "paper"] = "auto",
+    force: bool = False,
+    progress: bool = False,
+) -> RegisterPlan:
+    """Find the register neurons of `model`, and the registers that take their place with the least change.
+
+    Nothing needs to be set: 16 to 64 photos of any kind, without labels, are enough. The model is left as it was.
+
+    Args:
+        model: a Vision Transformer, or a model that holds one, unpatched.
+        images: see `testreg.images.stream`; at least 6 different ones.
+        processor: by default the one that lies with the checkpoint that the model was loaded from.
+        batch_size: images per forward pass.
+        workers: processes that decode images.
+        threshold: L2 norm in the residual stream from which on a patch is an outlier; by default, the distribution of
+            norms says where outliers begin.
+        blocks: first and last block where register neurons may be, counted from 0.
+        top_k: how many register neurons.
+        registers: how many tokens join the sequence.
+        form: "dynamic" or "constant" registers, see `RegisterPlan`.
+        entry: the block before which they join.
+        recipe: "paper" = as published: neurons by mean activation at outliers, ten if `top_k` does not say otherwise,
+            one dynamic register from the embeddings on (arXiv 2506.08010, section 4).
+        force: return the plan even if the guard refuses it.
+        progress: show progress bars.
+
+    Returns:
+        The plan; its `provenance` holds the candidates with their scores, every plan tried with what it left and
+        changed, and the numbers of the guard.
+
+    Raises:
+        NoOutliers: there is nothing to patch; the message has the norms.
+        Harmful: no plan removes the outliers without changing the model too much; the message has the numbers.
+        BadImages, UnsupportedModel, BadPlan: what was given cannot be used.
+    """
+    tower = find_tower(model)
+    if active(model):
+        raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
+    wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe)
+    _check(wanted, tower)
+    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers)
+    with quiet(model):
+        seen = Seen(batches, progress)
+        norms, sample = scan(model, tower, seen)
+        found = located(norms, Threshold(0.0, threshold) if threshold else valley(norms))
+        ranked, tried, held = split(sample, found)
+        with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
+            search = Search(
+                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=batch_size, step=bar.update
+            )
+            plan = search.best()
+        guard = Bench(model, tower, held, found.threshold, found.block, batch_size)
+        score = guard.score(plan)
+    if not force:
+        _refuse_harm(plan, score, guard.before)
+    provenance = {
+        "base": describe(model),
+        "images": {"count": norms.images, "skipped": len(batches.skipped), "digest": seen.digest},
+        "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
+        "resolution": list(next(iter(sample)).inputs["pixel_values"].shape[-2:]),
+        "artefact": {**asdict(found), "threshold": str(found.threshold)},
+        "outliers_per_image": search.ranking.per_image,
+        "positions": list(search.ranking.positions),
+        "candidates": [asdict(candidate) for candidate in search.candidates[:32]],
+        "trials": [{**trial.summary(), "chosen": trial.plan is plan} for trial in search.trials],
+        "before": {"outlier_patches": guard.before},
+        "after": {"outlier_patches": score.left},
+        "guard": {**asdict(score), "images": len(held)},
+        "wanted": {key: value for key, value in asdict(wanted).items() if value is not None},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    return replace(plan, provenance=provenance)
+
+
+def located(norms: Norms, threshold: Threshold) -> Artefact:
+    """The artefact.
+
+    Raises:
+        NoOutliers: there is none.
+    """
+    found = artefact(norms, threshold)
+    if found is None:
+        ratios = largest_ratio(norms)
+        block = int(ratios.argmax())
+        raise NoOutliers(
+            f"no high-norm artefact in {norms.images} images, so nothing to patch: the largest patch norm is "
+            f"{float(ratios[block]):.1f} times the median of its image (after block {block}), where an artefact has a "
+            f"group of patches apart from the others, at 3 to 50 times. Largest per block: "
+            f"{' '.join(f'{float(ratio):.1f}' for ratio in ratios)}."
+        )
+    return found
+
+
+def split(sample: Sample, found: Artefact) -> tuple[list[Kept], list[Kept], list[Kept]]:
+    """Images for ranking neurons, for trying plans, and for the guard: no image twice, those with outliers dealt out.
+
+    Raises:
+        BadImages: there are too few.
+    """
+    images = list(sample)
+    if len(images) < FEWEST:
+        raise BadImages(f"{len(images)} different images are too few: at least {FEWEST} are needed, 16 to 64 are best.")
+    images.sort(key=lambda image: not found.threshold.outliers(image.norms[found.shown]).any())
+    ranked, tried, held = (images[hand::3] for hand in range(3))
+    return ranked[:RANKED], tried[:TRIED], held + ranked[RANKED:] + tried[TRIED:]
+
+
+class Seen:
+    """Batches on their way to the model, counted in a progress bar; `digest` names all images, in whatever order."""
+
+    def __init__(self, batches: ImageStream, progress: bool):
+        self.batches, self.progress, self._total = batches, progress, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        with tqdm(total=self.batches.expected, desc="images", unit="", disable=not self.progress) as bar:
+            for batch in self.batches:
+                yield batch
+                self._total += sum(int(digest, 16) for digest in batch.digests)
+                bar.update(len(batch))
+
+    @property
+    def digest(self) -> str:
+        return f"{self._total % 2**256:064x}"
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the `with`; every module's mode as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check(wanted: Wanted, tower: Tower) -> None:
+    last = len(tower.blocks) - 1
+    whole = {
+        "top_k": (wanted.top_k, 1, max(tower.neurons)),
+        "registers": (wanted.registers, 1, MOST_REGISTERS),
+        "entry": (wanted.entry, 0, last),
+    }
+    for name, (value, least, most) in whole.items():
+        if value is not None and (not isinstance(value, int) or not least <= value <= most):
+            raise BadPlan(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
+    if wanted.threshold is not None and not 0 < wanted.threshold < float("inf"):
+        raise BadPlan(f"threshold must be a norm above 0, in the units of the residual stream, not {wanted.threshold}.")
+    if wanted.blocks is not None and not 0 <= wanted.blocks[0] <= wanted.blocks[1] <= last:
+        raise BadPlan(f"blocks must be the first and last block, from 0 to {last}, not {wanted.blocks}.")
+    for name, given, known in (
+        ("form", wanted.form, (None, "dynamic", "constant")),
+        ("recipe", wanted.recipe, ("auto", "paper")),
+    ):
+        if given not in known:
+            raise BadPlan(f"{name} must be one of {', '.join(filter(None, known))}, not {given!r}.")
+
+
+def _refuse_harm(plan: RegisterPlan, score: Score, before: float) -> None:
+    if score.left > MOST_LEFT * before:
+        reason = f"leaves {score.left:.2%} of the patches outliers, of {before:.2%}"
+    elif score.cosine < LEAST_COSINE or score.features < LEAST_FEATURES:
+        reason = (
+            f"changes the model too much: cosine with the unpatched model {score.cosine:.3f} of the output (at least "
+            f"{LEAST_COSINE} is allowed) and {score.features:.3f} of the ordinary patches (at least {LEAST_FEATURES})"
+        )
+    else:
+        return
+    raise Harmful(
+        f"the best plan ({plan}) {reason}. Give more images, or another form or number of registers; force=True "
+        f"(--force on the command line) takes the plan as it is."
+    )
