@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Tower, reach
+from .metrics.outliers import BlockNorms
 from .observe import run
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
@@ -64,6 +65,12 @@ def shares(norms: Norms, threshold: Threshold) -> tuple[Tensor, Tensor]:
     if threshold.norm is None:
         return norms.ratios.above(threshold.times), norms.peaks.above(threshold.times)
     return norms.norms.above(threshold.norm), norms.highest.above(threshold.norm)
+
+
+def table(norms: Norms, threshold: Threshold) -> tuple[BlockNorms, ...]:
+    """One row of numbers per block."""
+    columns = (norms.norms.quantile(0.5), norms.norms.quantile(0.99), norms.largest, *shares(norms, threshold))
+    return tuple(BlockNorms(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
 
 
 def largest_ratio(norms: Norms) -> Tensor:

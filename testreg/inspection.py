@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .detect import Artefact, artefact, largest_ratio, shares, valley
+from .detect import Artefact, artefact, largest_ratio, table, valley
 from .families import find_tower
 from .images import stream
 from .metrics.outliers import BlockNorms
@@ -42,8 +42,8 @@ class Inspection:
         """One sentence."""
         if self.artefact is None:
             return (
-                f"No artefact: no group of patches stands apart from the others (largest norm {max(self.ratios):.1f} times "
-                f"the median of its image). There is nothing to patch."
+                f"No artefact: no group of patches stands apart from the others (the largest norm is "
+                f"{max(self.ratios):.1f} times the median of its image). There is nothing to patch."
             )
         found = self.artefact
         return (
@@ -86,8 +86,5 @@ def inspect(
     with quiet(model):
         norms, _ = scan(model, tower, Seen(batches, progress), size=1)
     limit = Threshold(0.0, threshold) if threshold else valley(norms)
-    share, with_one = shares(norms, limit)
-    columns = (norms.norms.quantile(0.5), norms.norms.quantile(0.99), norms.largest, share, with_one)
-    rows = tuple(BlockNorms(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
     ratios = tuple(largest_ratio(norms).tolist())
-    return Inspection(rows, ratios, limit, artefact(norms, limit), norms.images, tower.family)
+    return Inspection(table(norms, limit), ratios, limit, artefact(norms, limit), norms.images, tower.family)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .base import describe
 from .choose import Search, Wanted
-from .detect import Artefact, artefact, largest_ratio, valley
+from .detect import Artefact, artefact, largest_ratio, table, valley
 from .errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from .families import Tower, find_tower
 from .images import Batch, ImageStream, stream
@@ -105,6 +105,7 @@ def find(
         "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
         "resolution": list(next(iter(sample)).inputs["pixel_values"].shape[-2:]),
         "artefact": {**asdict(found), "threshold": str(found.threshold)},
+        "blocks": [asdict(row) for row in table(norms, found.threshold)],
         "outliers_per_image": search.ranking.per_image,
         "positions": list(search.ranking.positions),
         "candidates": [asdict(candidate) for candidate in search.candidates[:32]],
