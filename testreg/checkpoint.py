@@ -8,7 +8,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from .atomic import replacing
 from .card import card
 from .errors import BadCheckpoint, TestregError, UnsupportedModel
 from .families import find_tower
-from .modeling_testreg import HUB, auto_map, fetch, first_line, load, skeleton
+from .modeling_testreg import HUB, auto_map, class_of, fetch, first_line, load, skeleton
 from .patch import active
 from .recipe import MODEL_TYPE, PLAN, Recipe, read_json, sha256
 
@@ -78,9 +78,9 @@ def save(
             f"{type(model).__name__} is not patched, so there are no registers to save: testreg.patch(model, found) "
             f"first, and save inside the `with` if there is one."
         )
-    if not isinstance(model, PreTrainedModel) or not type(model).__module__.startswith("transformers."):
+    if not _comes_back(model):
         raise UnsupportedModel(
-            f"{type(model).__name__} is no class of transformers, so its checkpoint could not be loaded again. Keep "
+            f"{type(model).__name__} is not of transformers itself, so its checkpoint could not be loaded again. Keep "
             f"the plan instead: found.save(FILE), and testreg.patch(model, testreg.RegisterPlan.load(FILE)) later."
         )
     if getattr(model, "hf_quantizer", None) is not None:
@@ -88,8 +88,8 @@ def save(
             f"{type(model).__name__} is quantised: patch and save the unquantised model, or keep the plan with "
             f"found.save(FILE)."
         )
-    target = _free(Path(directory).expanduser(), model, force)
-    source = _source(model)
+    target = free(Path(directory).expanduser(), model, force)
+    source = source_files(model)
     try:
         with replacing(target) as build:
             type(model).save_pretrained(model, build, variant="testreg", max_shard_size=max_shard_size)
@@ -194,7 +194,15 @@ def _model_type(directory: Path) -> str | None:
     return values.get("model_type") if isinstance(values, dict) else None
 
 
-def _free(directory: Path, model: PreTrainedModel, force: bool) -> Path:
+def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether loading would find the model's class."""
+    try:
+        return isinstance(model, PreTrainedModel) and class_of(type(model).__name__, model.config) is type(model)
+    except BadCheckpoint:
+        return False
+
+
+def free(directory: Path, model: PreTrainedModel, force: bool) -> Path:
     """The directory to write, where nothing is lost by it."""
     target = directory.resolve()
     source = str(model.name_or_path or "")
@@ -218,7 +226,7 @@ def _belongs(name: str) -> bool:
     return bool(PROCESSOR.fullmatch(name) or CHECKPOINT.fullmatch(name))
 
 
-def _source(model: PreTrainedModel) -> dict[str, Path]:
+def source_files(model: PreTrainedModel) -> dict[str, Path]:
     """File name -> path, of the small files beside the checkpoint that `model` was loaded from."""
     source = str(model.name_or_path or "")
     if not source:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -45,7 +46,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     recipe = Recipe.read(directory)
     config, unused = _base_config(recipe, kwargs)
     unused |= {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}  # the config takes them too
-    return _load(directory, recipe, config, _class(recipe.architecture), **unused)
+    return _load(directory, recipe, config, class_of(recipe.architecture, config), **unused)
 
 
 def fetch(path: str | Path, kwargs: dict[str, Any]) -> Path:
@@ -89,9 +90,15 @@ def _base_config(recipe: Recipe, kwargs: dict[str, Any]) -> tuple[PreTrainedConf
         raise BadCheckpoint(f"the checkpoint's config is damaged: {first_line(error)}") from error
 
 
-def _class(name: str) -> Any:
-    """A model class of transformers by its name."""
-    found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+def class_of(name: str, config: PreTrainedConfig) -> Any:
+    """The model class of transformers called `name`, from the package or from the file that goes with `config`.
+
+    Raises:
+        BadCheckpoint: there is none.
+    """
+    found = getattr(transformers, name, None)
+    if found is None and type(config).__module__.startswith("transformers.models."):
+        found = getattr(import_module(type(config).__module__.replace(".configuration_", ".modeling_")), name, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise BadCheckpoint(
             f"the checkpoint holds a {name}, which is no model class of transformers {transformers.__version__}."
