@@ -32,16 +32,16 @@ def slots(start: Tensor) -> RegisterPlan:
 @torch.no_grad()
 def constant(model: nn.Module, plan: RegisterPlan, images: Inputs) -> RegisterPlan:
     """The plan whose registers join behind its last register neuron, holding the mean states that they have there."""
-    last, total, count = max(plan.neurons, default=-1), torch.zeros(()), 0
+    last = min(max(plan.neurons, default=0), len(find_tower(model).blocks) - 2)
     if plan.state is not None and plan.entry > last:
         return plan
+    total, count = torch.zeros(()), 0
     with patch(model, plan) as acting, acting.recording() as record:
         for inputs in images:
             run(model, inputs)
             state = record.registers[last].float()  # (batch, registers, channels)
             total, count = total + state.sum(0), count + len(state)
-    entry = min(last + 1, len(find_tower(model).blocks) - 1)
-    return RegisterPlan(plan.neurons, plan.registers, entry, total / count, plan.provenance)
+    return RegisterPlan(plan.neurons, plan.registers, last + 1, total / count, plan.provenance)
 
 
 @torch.no_grad()
