@@ -158,7 +158,12 @@ def arms(
         if baselines:
             found += [
                 Arm("inert zero token", model, processor, RegisterPlan({}, registers=1)),
-                Arm("neurons zeroed, no register", model, processor, RegisterPlan(plan.neurons, registers=0)),
+                Arm(
+                    "neurons taken, no register",
+                    model,
+                    processor,
+                    RegisterPlan(plan.neurons, registers=0, rest=plan.rest),
+                ),
                 Arm("random neurons instead", model, processor, random_neurons(find_tower(model), plan)),
                 Arm("outliers interpolated", model, processor, NOTHING, repair=times),
             ]

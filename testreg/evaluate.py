@@ -27,7 +27,8 @@ class Row:
     """One number of one arm, and how it differs from the unpatched arm on the same photos.
 
     Attributes:
-        kind: "fixed", "sweep" (many settings: the best of them is chosen on these very photos), or "floor".
+        kind: "fixed"; "block", details of every block; "sweep", many settings, the best of which is chosen on these
+            very photos; or "floor", which needs no model.
         unit: "%", where value, difference and their intervals are in percent, or "".
         low, high: ends of the confidence interval; NaN where there are too few photos.
         difference, difference_low, difference_high: value minus the unpatched one, resampled in pairs; None for the
@@ -88,6 +89,7 @@ class Table:
             writer.writerows(asdict(row) for row in self.rows)
 
     def __str__(self) -> str:
+        """All but the details of every block."""
         lines = []
         for kind, title in (("fixed", ""), ("floor", "floors"), ("sweep", "sweep: chosen on the test photos")):
             rows = [row for row in self.rows if row.kind == kind]
@@ -173,14 +175,11 @@ def _task(task: str | Task) -> Task:
 
 def _row(task: Task, arm: str, name: str, measure: Measure, reference: Measure | None) -> Row:
     scale = 100 if measure.unit == "%" else 1
-    values, count = measure.values, len(measure.values)
-    own = bootstrap(lambda index: scale * measure.statistic(values[index]), count)
+    count, means = len(measure.values), measure.statistic is None
+    own = bootstrap(lambda index: scale * measure.of(index), count, vectorized=means)
     change = None
     if arm != UNPATCHED and reference is not None and len(reference.values) == count:
-        change = bootstrap(
-            lambda index: scale * (measure.statistic(values[index]) - reference.statistic(reference.values[index])),
-            count,
-        )
+        change = bootstrap(lambda index: scale * (measure.of(index) - reference.of(index)), count, vectorized=means)
     return Row(
         task=task.name,
         kind=measure.kind,

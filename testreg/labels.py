@@ -87,7 +87,7 @@ def boxed(data: str | Path) -> list[Sample]:
     for path in sorted(folder.rglob("*.json")):
         annotations = _json(path)
         if isinstance(annotations, dict) and {"images", "annotations"} <= annotations.keys():
-            return _some(_coco(annotations, path, found), path)
+            return _some(sorted(_coco(annotations, path, found), key=lambda sample: sample.path), path)
     xmls = sorted(folder.rglob("*.xml"))
     if xmls:
         return _some([sample for path in xmls if (sample := _voc(path, found)) is not None], folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -18,13 +18,19 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], images: int, *, level: float = 0.95, resamples: int = 2000
+    statistic: Callable[[np.ndarray], Any],
+    images: int,
+    *,
+    vectorized: bool = False,
+    level: float = 0.95,
+    resamples: int = 2000,
 ) -> Interval:
     """Percentile interval of `statistic` over images drawn with replacement; the same draws at every call.
 
     Args:
         statistic: of image indices `(images,)`, some of them more than once. A difference of two arms on the same
             indices makes the interval a paired one.
+        vectorized: `statistic` takes several draws at once `(draws, images)` as well, and gives one value for each.
         level: of confidence, 0..1.
     """
     value = float(statistic(np.arange(images)))
@@ -32,8 +38,8 @@ def bootstrap(
         return Interval(value, float("nan"), float("nan"))
     found = stats.bootstrap(
         (np.arange(images),),
-        lambda index: statistic(index),
-        vectorized=False,
+        lambda index, axis=-1: statistic(index),
+        vectorized=vectorized,
         n_resamples=resamples,
         confidence_level=level,
         method="percentile",

@@ -29,17 +29,23 @@ class Measure:
 
     Attributes:
         values: per image, `(images, ...)`.
-        statistic: of such values, whatever images they are of; the mean by default.
+        statistic: of such values, whatever images they are of; None = the mean.
         unit: "%" values are shares of 1.
         setting: what was fixed or swept to get it.
-        kind: "fixed", one of a "sweep" (whose best is chosen on the test set), or a "floor" that needs no model.
+        kind: "fixed"; "block", for one of many blocks; one of a "sweep", whose best is chosen on the test set; or a
+            "floor", which needs no model.
     """
 
     values: np.ndarray
     unit: str = "%"
-    statistic: Statistic = np.mean
+    statistic: Statistic | None = None
     setting: str = ""
     kind: str = "fixed"
+
+    def of(self, index: np.ndarray) -> Any:
+        """The value over images `index` `(images,)`; where it is a mean, also over several draws `(draws, images)`."""
+        picked = self.values[index]
+        return picked.mean(axis=-1) if self.statistic is None else self.statistic(picked)
 
 
 Measures = dict[str, Measure]

@@ -37,7 +37,7 @@ class Attention(Task):
     def look(self, arm: Arm, samples: Iterable[Sample]) -> list[tuple[Tensor, float]]:
         found = []
         for sample in samples:
-            true = self._foreground(sample)
+            true = _foreground(sample, self.foreground)
             scores = metrics.foreground(arm.attention(arm.inputs(sample.path, self.side)), *true.shape)
             found.append(
                 (metrics.intersections(metrics.split(scores), true, classes=2), metrics.pixel_ap(scores, true))
@@ -56,19 +56,13 @@ class Attention(Task):
     def floor(self, samples: list[Sample], unpatched: object) -> Measures:
         seen = []
         for sample in samples:
-            true = self._foreground(sample)
+            true = _foreground(sample, self.foreground)
             kept = true[true != IGNORE]
             seen.append((metrics.intersections(torch.ones_like(true), true, classes=2), float(kept.float().mean())))
         return {
             f"all foreground, {name}": Measure(measure.values, statistic=measure.statistic, kind="floor")
             for name, measure in self.measure(seen, None).items()
         }
-
-    def _foreground(self, sample: Sample) -> Tensor:
-        """The mask of `sample` with 1 on foreground, 0 on background, and `IGNORE`."""
-        mask = sample.read_mask()
-        wanted = mask != 0 if self.foreground is None else torch.isin(mask, torch.tensor(sorted(self.foreground)))
-        return torch.where(mask == IGNORE, mask, wanted.long())
 
 
 @dataclass
@@ -78,12 +72,14 @@ class Probe(Task):
     Attributes:
         seeds: how many probes are fitted; the mean counts, and the spread is reported.
         block: whose output; may count from the end.
+        foreground: tell only these mask values from all others; None = every class from every other.
     """
 
     name: ClassVar[str] = "probe"
     side: int | None = 320
     seeds: int = 3
     block: int = -1
+    foreground: Collection[int] | None = None
 
     def samples(self, data: str | Path) -> list[Sample]:
         return labels.masked(data)
@@ -95,12 +91,12 @@ class Probe(Task):
         for sample in samples:
             (found,) = arm.features(arm.inputs(sample.path, self.side, square=True), wanted)
             features.append(found.movedim(-1, 0))
-            masks.append(sample.read_mask())
+            masks.append(sample.read_mask() if self.foreground is None else _foreground(sample, self.foreground))
         names = torch.unique(torch.cat([mask.flatten() for mask in masks]))
         names = names[names != IGNORE]  # (classes,)
         index = torch.full((256,), IGNORE).scatter(0, names, torch.arange(len(names)))
         truths = [index[mask] for mask in masks]
-        fitted = torch.stack([_shrunk(true, features[0].shape[-1] * 4) for true in truths[::2]])
+        fitted = torch.stack([_shrunk(true, features[0].shape[-1]) for true in truths[::2]])
         return [
             np.stack([counts.numpy() for counts in self._judge(features, fitted, truths, len(names), seed)])
             for seed in range(self.seeds)
@@ -122,6 +118,13 @@ class Probe(Task):
         spread = np.std([_mean_iou(counts[:, seed]) for seed in range(self.seeds)])
         setting = f"side {self.side}, block {self.block}, {self.seeds} seeds, spread {100 * spread:.1f}"
         return {"mIoU": Measure(counts, statistic=_mean_iou_over_seeds, setting=setting)}
+
+
+def _foreground(sample: Sample, values: Collection[int] | None) -> Tensor:
+    """The mask of `sample` with 1 on foreground, 0 on background, and `IGNORE`."""
+    mask = sample.read_mask()
+    wanted = mask != 0 if values is None else torch.isin(mask, torch.tensor(sorted(values)))
+    return torch.where(mask == IGNORE, mask, wanted.long())
 
 
 def _mean_iou(counts: np.ndarray) -> float:

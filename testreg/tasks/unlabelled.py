@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -20,7 +20,10 @@ from .base import Measure, Measures, Task, answer
 
 @dataclass
 class Outliers(Task):
-    """Patch norms per block. A patch is an outlier from `times` the median of the unpatched model's block on."""
+    """Patch norms at every block's output. A patch is an outlier from `times` the median norm of its image on.
+
+    Norms are means over images of each image's median, 99th percentile and largest.
+    """
 
     name: ClassVar[str] = "outliers"
     repairable: ClassVar[bool] = False
@@ -36,22 +39,25 @@ class Outliers(Task):
         return found
 
     def measure(self, seen: list[Tensor], unpatched: list[Tensor]) -> Measures:
-        medians = torch.cat(unpatched, dim=1).median(dim=1).values  # (blocks,)
-        if len(medians) != len(seen[0]):  # another model: its own medians are the measure
-            medians = torch.cat(seen, dim=1).median(dim=1).values
-        shares = torch.stack([(norms > self.times * medians[:, None]).float().mean(dim=1) for norms in seen])
-        largest = torch.stack([norms.amax(dim=1) for norms in seen])  # (images, blocks)
+        worst = int(torch.stack([norms.amax(1) / norms.median(1).values for norms in unpatched]).mean(0).argmax())
         found: Measures = {}
-        for block in range(len(medians)):
-            middle = torch.stack([norms[block].median() for norms in seen])
-            high = torch.stack([norms[block].quantile(0.99) for norms in seen])
-            row = partial(Measure, setting=f"block {block}")
-            found[f"outlier patches, block {block}"] = row(shares[:, block].numpy())
-            found[f"images with one, block {block}"] = row((shares[:, block] > 0).float().numpy())
-            found[f"median norm, block {block}"] = row(middle.numpy(), unit="")
-            found[f"p99 norm, block {block}"] = row(high.numpy(), unit="")
-            found[f"largest norm, block {block}"] = row(largest[:, block].numpy(), unit="", statistic=np.max)
+        if worst < len(seen[0]):
+            found |= self._at(worst, seen, partial(Measure, setting=f"after block {worst}, where they stand out most"))
+        for block in range(len(seen[0])):
+            rows = self._at(block, seen, partial(Measure, setting=f"after block {block}", kind="block"))
+            found |= {f"{name}, block {block}": measure for name, measure in rows.items()}
         return found
+
+    def _at(self, block: int, seen: list[Tensor], row: Callable[..., Measure]) -> Measures:
+        norms = [image[block] for image in seen]  # each (patches,)
+        shares = np.array([float((image > self.times * image.median()).float().mean()) for image in norms])
+        return {
+            "outlier patches": row(shares),
+            "images with one": row((shares > 0).astype(float)),
+            "median norm": row(np.array([float(image.median()) for image in norms]), unit=""),
+            "p99 norm": row(np.array([float(image.quantile(0.99)) for image in norms]), unit=""),
+            "largest norm": row(np.array([float(image.max()) for image in norms]), unit=""),
+        }
 
 
 @dataclass
