@@ -216,6 +216,11 @@ def find_tower(model: nn.Module) -> Tower:
         if not isinstance(inner, nn.Module):
             raise UnsupportedModel(f"a model is needed, a torch.nn.Module, but {type(model).__name__} was given.")
         model = inner
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedModel(
+            "nn.DataParallel copies a model to other devices at every call, its patch not among the copies: use "
+            "DistributedDataParallel, or patch model.module on one device."
+        )
     towers: list[Tower] = []
     for path, module in model.named_modules():
         if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):

@@ -132,23 +132,29 @@ class Patch:
     def _replace(self, module: nn.Module, owner: Any) -> None:
         # An instance attribute is the least invasive place: no subclass, no wrapper module, no key of the state dict
         # changes. A bound method of our own object, since deepcopy then binds the copy's method to the copy.
-        undo = _Restore(module, module.__dict__.get("forward"))
-        module.forward = MethodType(type(owner).forward, owner)
-        self._undo.append(undo)
+        ours, before = MethodType(_forward, owner), module.__dict__.get("forward")
+        module.forward = ours
+        self._undo.append(_Restore(module, ours, before))
 
     def _uninstall(self) -> None:
         while self._undo:
             self._undo.pop()()
 
 
+def _forward(owner: Any, *args: Any, **kwargs: Any) -> Any:
+    return owner.forward(*args, **kwargs)
+
+
 class _Restore:
     """Gives a module back the `forward` that it had, on the instance or from its class."""
 
-    def __init__(self, module: nn.Module, before: Any):
-        self.module, self.before = module, before
+    def __init__(self, module: nn.Module, ours: MethodType, before: Any):
+        self.module, self.ours, self.before = module, ours, before
 
     def __call__(self) -> None:
-        if self.before is None:
+        if self.module.__dict__.get("forward") != self.ours:  # somebody wrapped it since: leave that, step aside
+            self.ours.__self__.forward = self.ours.__self__.original
+        elif self.before is None:
             del self.module.forward
         else:
             self.module.forward = self.before
