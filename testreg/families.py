@@ -56,11 +56,22 @@ class Family:
 LAYERS = ("layers", "encoder.layer")  # transformers moved the blocks of its ViTs, and named their MLPs anew, within 5.x
 MLP = ("mlp.fc2", "output.dense")
 SWIGLU = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
+BIASED: dict[str, Any] = {
+    "masks": ("attention_mask", "relative_position_bias"),
+    "bias": ("relative_position_bias", "attention.attention.relative_position_bias"),
+}
+TIMM: dict[str, Any] = {
+    "attention": "attn",
+    "prefix": 0,
+    "prefix_from": "num_prefix_tokens",
+    "seed": "norm_pre",
+    "masks": ("attn_mask",),
+    "package": "timm",
+}
 
 
-def _clip(name: str, seed: str | None = "pre_layrnorm", prefix: int = 1, **more: Any) -> Family:
+def _clip(*towers: str, seed: str | None = "pre_layrnorm", prefix: int = 1, **more: Any) -> Family:
     """One of the many towers that are built as CLIP's is."""
-    towers = (f"{name}VisionModel", f"{name}VisionTransformer")
     return Family(towers, "encoder.layers", attention="self_attn", seed=seed, prefix=prefix, **more)
 
 
@@ -84,63 +95,32 @@ FAMILIES: dict[str, Family] = {
         prefix_from="config.num_register_tokens",
         rope="position_embeddings",
     ),
-    "beit": Family(
-        "BeitModel",
-        LAYERS,
-        MLP,
-        masks=("attention_mask", "relative_position_bias"),
-        bias=("relative_position_bias", "attention.attention.relative_position_bias"),
-    ),
-    "data2vec-vision": Family(
-        "Data2VecVisionModel",
-        LAYERS,
-        MLP,
-        masks=("attention_mask", "relative_position_bias"),
-        bias=("relative_position_bias", "attention.attention.relative_position_bias"),
-    ),
+    "beit": Family("BeitModel", LAYERS, MLP, **BIASED),
+    "data2vec-vision": Family("Data2VecVisionModel", LAYERS, MLP, **BIASED),
     "dpt": Family("DPTModel", LAYERS, MLP),
-    "clip": _clip("CLIP"),
-    "metaclip-2": _clip("MetaClip2"),
-    "chinese-clip": _clip("ChineseCLIP"),
-    "altclip": _clip("AltCLIP"),
-    "clipseg": _clip("CLIPSeg"),
-    "owlvit": _clip("OwlViT", seed="pre_layernorm"),
-    "owlv2": _clip("Owlv2", seed="pre_layernorm"),
-    "mlcd": _clip("MLCD", rope="position_embeddings"),
-    "git": _clip("Git"),
-    "siglip": _clip("Siglip", seed=None, prefix=0),
-    "siglip2": _clip("Siglip2", seed=None, prefix=0, padded=True),
-    "idefics2": _clip("Idefics2", seed=None, prefix=0, padded=True),
-    "idefics3": _clip("Idefics3", seed=None, prefix=0, padded=True),
-    "smolvlm": _clip("SmolVLM", seed=None, prefix=0, padded=True),
-    "blip": _clip("Blip", seed=None),
-    "blip-2": _clip("Blip2", seed=None),
-    "instructblip": _clip("InstructBlip", seed=None),
-    "aimv2": Family(("Aimv2VisionModel", "Aimv2VisionTransformer"), "encoder.layers", "ffn.down_proj", prefix=0),
+    "clip": _clip("CLIPVisionModel", "CLIPVisionTransformer"),
+    "metaclip-2": _clip("MetaClip2VisionModel", "MetaClip2VisionTransformer"),
+    "chinese-clip": _clip("ChineseCLIPVisionModel", "ChineseCLIPVisionTransformer"),
+    "altclip": _clip("AltCLIPVisionModel", "AltCLIPVisionTransformer"),
+    "clipseg": _clip("CLIPSegVisionModel", "CLIPSegVisionTransformer"),
+    "owlvit": _clip("OwlViTVisionTransformer", seed="pre_layernorm"),
+    "owlv2": _clip("Owlv2VisionTransformer", seed="pre_layernorm"),
+    "mlcd": _clip("MLCDVisionModel", "MLCDVisionTransformer", rope="position_embeddings"),
+    "git": _clip("GitVisionTransformer"),
+    "siglip": _clip("SiglipVisionModel", "SiglipVisionTransformer", seed=None, prefix=0),
+    "siglip2": _clip("Siglip2VisionModel", "Siglip2VisionTransformer", seed=None, prefix=0, padded=True),
+    "idefics2": _clip("Idefics2VisionTransformer", seed=None, prefix=0, padded=True),
+    "idefics3": _clip("Idefics3VisionTransformer", seed=None, prefix=0, padded=True),
+    "smolvlm": _clip("SmolVLMVisionTransformer", seed=None, prefix=0, padded=True),
+    "blip": _clip("BlipVisionModel", seed=None),
+    "blip-2": _clip("Blip2VisionModel", seed=None),
+    "instructblip": _clip("InstructBlipVisionModel", seed=None),
+    "aimv2": Family("Aimv2VisionModel", "encoder.layers", "ffn.down_proj", prefix=0),
     "internvl": Family("InternVLVisionModel", "encoder.layer"),
     "videomae": Family("VideoMAEModel", LAYERS, MLP, prefix=0),
     "vjepa2": Family("VJEPA2Encoder", "layer", prefix=0, positions="position_mask"),
-    "timm-vit": Family(
-        "VisionTransformer",
-        "blocks",
-        attention="attn",
-        prefix=0,
-        prefix_from="num_prefix_tokens",
-        seed="norm_pre",
-        masks=("attn_mask",),
-        package="timm",
-    ),
-    "timm-eva": Family(
-        "Eva",
-        "blocks",
-        attention="attn",
-        prefix=0,
-        prefix_from="num_prefix_tokens",
-        seed="norm_pre",
-        masks=("attn_mask",),
-        rope="rope",
-        package="timm",
-    ),
+    "timm-vit": Family("VisionTransformer", "blocks", **TIMM),
+    "timm-eva": Family("Eva", "blocks", rope="rope", **TIMM),
     "open-clip": Family(
         "VisionTransformer",
         "transformer.resblocks",
@@ -175,7 +155,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("Qwen3VLVisionModel", "Glm4vVisionModel", "PixtralVisionModel", "NaFlexVit"), PACKED),
     **dict.fromkeys(("VideoLlama3VisionModel", "Kimi_K25VisionModel"), PACKED),
     **dict.fromkeys(("HieraModel", "HieraBackbone", "Hiera", "Sam2HieraDetModel", "PvtModel", "PvtV2Model"), POOLED),
-    **dict.fromkeys(("SegformerModel", "MViTv2", "LevitModel"), POOLED),
+    **dict.fromkeys(("SegformerModel", "MultiScaleVit", "LevitModel"), POOLED),
     "Beit": "its attention keeps a position table of fixed size (the same model in transformers, BeitModel, can)",
 }
 
@@ -241,7 +221,7 @@ def find_tower(model: nn.Module) -> Tower:
 
 def reach(module: nn.Module, paths: str | tuple[str, ...]) -> Any:
     """The attribute at a dotted path, or at the first of several that is there; None where there is none."""
-    for path in _each(paths):
+    for path in each(paths):
         found: Any = module
         for name in path.split("."):
             found = getattr(found, name, None)
@@ -250,13 +230,14 @@ def reach(module: nn.Module, paths: str | tuple[str, ...]) -> Any:
     return None
 
 
-def _each(names: str | tuple[str, ...]) -> tuple[str, ...]:
+def each(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The paths or class names of a row's field, which may be one or several."""
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _belongs(module: nn.Module, family: Family) -> bool:
     classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.split(".")[0] == family.package}
-    return not classes.isdisjoint(_each(family.towers)) and isinstance(
+    return not classes.isdisjoint(each(family.towers)) and isinstance(
         reach(module, family.blocks), (nn.ModuleList, nn.Sequential)
     )
 
@@ -267,7 +248,7 @@ def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     for index, block in enumerate(blocks):
         down, attention = reach(block, family.down), reach(block, family.attention)
         if down is None or attention is None:
-            missing = " or ".join(_each(family.down if down is None else family.attention))
+            missing = " or ".join(each(family.down if down is None else family.attention))
             raise UnsupportedModel(
                 f"{type(module).__name__} is of the family {name!r}, but its block {index} ({type(block).__name__}) "
                 f"has no {missing}: it is built in another way than its family, and cannot be patched."

@@ -153,7 +153,8 @@ class _Restore:
 
     def __call__(self) -> None:
         if self.module.__dict__.get("forward") != self.ours:  # somebody wrapped it since: leave that, step aside
-            self.ours.__self__.forward = self.ours.__self__.original
+            owner: Any = self.ours.__self__
+            owner.forward = owner.original
         elif self.before is None:
             del self.module.forward
         else:

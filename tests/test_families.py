@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from zoo import BLOCKS, CHANNELS, MODELS, ROWS, SMALL, TEXT, VISION, build
 
 import testreg
-from testreg import FAMILIES, Family, RegisterPlan, UnsupportedModel, patch
+from testreg import FAMILIES, Family, RegisterPlan, UnsupportedModel, patch, support
 from testreg.families import REFUSED, find_tower
 
 
@@ -191,7 +192,7 @@ def _parallel() -> type:
 
 
 def test_a_name_is_refused_or_known_but_not_both():
-    known = {name for family in FAMILIES.values() for name in testreg.families._each(family.towers)}
+    known = {name for family in FAMILIES.values() for name in testreg.families.each(family.towers)}
     assert known.isdisjoint(REFUSED)
 
 
@@ -225,3 +226,29 @@ def test_a_row_may_name_one_path_or_several():
     model, _ = build("ViTModel")
     assert testreg.families.reach(model, ("nothing.here", "layers")) is model.layers
     assert testreg.families.reach(model, "nothing.here") is None
+
+
+# What the documentation says
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/families.md"])
+def test_the_support_table_is_the_registrys(page):
+    text = (Path(__file__).parents[1] / page).read_text()
+    if page == "docs/families.md":
+        assert support.BEGIN in text
+    if support.BEGIN in text:
+        shown = text[text.index(support.BEGIN) : text.index(support.END) + len(support.END)]
+        assert shown == support.table(), "run `python -m testreg.support` and paste"
+
+
+def test_the_worked_example_of_the_documentation_works(monkeypatch):
+    """Every Python block of docs/families.md, run one after the other."""
+    monkeypatch.setattr(testreg.families, "FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr(testreg, "FAMILIES", testreg.families.FAMILIES)
+    text = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict = {"__name__": "garden"}
+    for block in blocks:
+        exec(compile(block, "docs/families.md", "exec"), names)
+    assert find_tower(names["model"]).family == "garden-vit"
