@@ -16,6 +16,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+OLD = "-old"
+
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
@@ -55,6 +57,8 @@ def _prefix(target: Path) -> str:
 def _clear(target: Path) -> None:
     """Remove what killed processes left, and nothing that a living one is writing."""
     for left in target.parent.glob(f"{_prefix(target)}*") if fcntl else ():
+        if left.name.endswith(OLD) and not target.exists():
+            continue  # a crash between two renames: the only copy
         with suppress(OSError):
             handle = os.open(left, os.O_RDONLY)
             try:
@@ -68,9 +72,13 @@ def _swap(build: Path, target: Path) -> None:
     if not target.exists():
         os.rename(build, target)
     elif not _exchange(build, target):
-        old = build.with_name(f"{build.name}-old")
+        old = build.with_name(f"{build.name}{OLD}")
         os.rename(target, old)
-        os.rename(build, target)
+        try:
+            os.rename(build, target)
+        except OSError:
+            os.rename(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

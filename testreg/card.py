@@ -20,7 +20,7 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
         base: hub name or directory name of the unpatched model.
         source: its own model card, from which the licence is carried over.
     """
-    known = _front_matter(source)
+    known = front_matter(source)
     data = ModelCardData(
         base_model=base or None, library_name="transformers", tags=["testreg", "test-time-registers"], **known
     )
@@ -62,7 +62,8 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
-def _front_matter(source: Path | None) -> dict[str, Any]:
+def front_matter(source: Path | None) -> dict[str, Any]:
+    """What a base model's card says that holds for a patched model too: its licence, its task, its data."""
     try:
         values = ModelCard.load(source).data.to_dict() if source else {}
     except Exception:  # a stranger's YAML; a card is no reason to fail

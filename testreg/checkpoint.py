@@ -22,7 +22,7 @@ from .atomic import replacing
 from .card import card
 from .errors import BadCheckpoint, TestregError, UnsupportedModel
 from .families import find_tower
-from .modeling_testreg import HUB, auto_map, class_of, fetch, first_line, load, skeleton
+from .modeling_testreg import auto_map, class_of, fetch, first_line, load, skeleton
 from .patch import active
 from .recipe import MODEL_TYPE, PLAN, Recipe, read_json, sha256
 
@@ -88,7 +88,7 @@ def save(
             f"{type(model).__name__} is quantised: patch and save the unquantised model, or keep the plan with "
             f"found.save(FILE)."
         )
-    target = free(Path(directory).expanduser(), model, force)
+    target = free(directory, model, force)
     source = source_files(model)
     try:
         with replacing(target) as build:
@@ -141,15 +141,15 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
         BadCheckpoint: there is no such checkpoint, it is damaged, lacks weights, or holds NaN.
         UnsupportedModel: it holds no Vision Transformer of a known family.
     """
-    local = Path(path).expanduser()
-    if local.exists() or local.is_absolute() or str(path).startswith((".", "~")):
-        read_json(fetch(path, {}) / "config.json")
+    directory = fetch(path, kwargs)
+    read_json(directory / "config.json")
+    if not any(directory.glob("*.safetensors")):
+        raise BadCheckpoint(f"{path} has no weights in safetensors, and pickled ones are never read.")
     try:
-        hub = {key: kwargs[key] for key in HUB if key in kwargs}
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except TestregError:
         raise
-    except Exception as error:  # offline, no such name, a damaged file, an unknown type: transformers raises anything
+    except Exception as error:  # a damaged file, an unknown type: transformers raises anything
         raise BadCheckpoint(f"{path} is no checkpoint that transformers can read: {first_line(error)}") from error
     if config.model_type == MODEL_TYPE:
         raise BadCheckpoint(f"{path} has registers already; testreg.load loads it. Give the original checkpoint.")
@@ -160,10 +160,10 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
         if model_class is not AutoModel:
             find_tower(skeleton(model_class, config))  # a text model is refused before its weights are read
         kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
-        model, info = model_class.from_pretrained(path, **kwargs)
+        model, info = model_class.from_pretrained(directory, **kwargs)
         missing = sorted(map(str, info["missing_keys"]))
         if missing and all("pooler" in key for key in missing) and _takes_pooler(type(model)):
-            model, info = type(model).from_pretrained(path, add_pooling_layer=False, **kwargs)
+            model, info = type(model).from_pretrained(directory, add_pooling_layer=False, **kwargs)
             missing = sorted(map(str, info["missing_keys"]))
     except (TestregError, torch.OutOfMemoryError):
         raise
@@ -178,20 +178,23 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
     for name, weight in model.state_dict().items():
         if weight.is_floating_point() and weight.device.type != "meta" and not weight.isfinite().all():
             raise BadCheckpoint(f"{path} holds NaN or infinity in {name}: the weights are broken, download them again.")
+    if not Path(path).expanduser().is_dir():
+        model.name_or_path = model.config.name_or_path = str(path)  # the hub's name, not where its cache lies
+        model.config._commit_hash = directory.name
     return model
 
 
 def is_patched(path: str | Path) -> bool:
     """Whether a directory holds a checkpoint with registers."""
-    return _model_type(Path(path).expanduser()) == MODEL_TYPE
+    return _config(Path(path).expanduser()).get("model_type") == MODEL_TYPE
 
 
-def _model_type(directory: Path) -> str | None:
+def _config(directory: Path) -> dict[str, Any]:
     try:
         values = read_json(directory / "config.json")
     except BadCheckpoint:
-        return None
-    return values.get("model_type") if isinstance(values, dict) else None
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
@@ -202,10 +205,14 @@ def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
         return False
 
 
-def free(directory: Path, model: PreTrainedModel, force: bool) -> Path:
-    """The directory to write, where nothing is lost by it."""
-    target = directory.resolve()
-    source = str(model.name_or_path or "")
+def free(directory: str | Path, model: nn.Module, force: bool) -> Path:
+    """The whole path of `directory`, where writing a checkpoint of `model` there loses nothing.
+
+    Raises:
+        BadCheckpoint: it is the model's own, holds something and `force` is not given, or holds what is no checkpoint.
+    """
+    target = Path(directory).expanduser().resolve()
+    source = str(getattr(model, "name_or_path", "") or "")
     if source and Path(source).is_dir() and Path(source).resolve() == target:
         raise BadCheckpoint(f"{directory} is the checkpoint that the model was loaded from: choose another directory.")
     if not target.exists():
@@ -216,7 +223,7 @@ def free(directory: Path, model: PreTrainedModel, force: bool) -> Path:
     if held and not force:
         raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass force=True (--force).")
     strangers = [path.name for path in held if not path.is_file() or not _belongs(path.name)]
-    if strangers or (held and not _model_type(target)):
+    if strangers or (held and not _config(target).keys() & {"model_type", "architecture"}):
         has = f"{strangers[0]}, which is no part of a checkpoint" if strangers else "no config of a model"
         raise BadCheckpoint(f"{directory} holds {has}: nothing there is replaced. Choose another directory.")
     return target
@@ -226,14 +233,14 @@ def _belongs(name: str) -> bool:
     return bool(PROCESSOR.fullmatch(name) or CHECKPOINT.fullmatch(name))
 
 
-def source_files(model: PreTrainedModel) -> dict[str, Path]:
+def source_files(model: nn.Module) -> dict[str, Path]:
     """File name -> path, of the small files beside the checkpoint that `model` was loaded from."""
-    source = str(model.name_or_path or "")
+    source = str(getattr(model, "name_or_path", "") or "")
     if not source:
         return {}
     folder = Path(source)
     if not folder.is_dir():
-        revision = getattr(model.config, "_commit_hash", None)
+        revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         found = try_to_load_from_cache(source, "config.json", revision=revision) if source.count("/") < 2 else None
         if not isinstance(found, str):
             return {}

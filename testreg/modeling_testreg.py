@@ -24,6 +24,8 @@ from .plan import RegisterPlan
 from .recipe import MODEL_TYPE, PLAN, Recipe
 from .redirect import move as _move  # noqa: F401, transformers copies the files that are imported in this form
 
+# Weights of transformers and of testreg, not those that a repository holds for other libraries; no code, no pickle.
+FILES = ["*.json", "model*.safetensors", PLAN, "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -65,7 +67,7 @@ def fetch(path: str | Path, kwargs: dict[str, Any]) -> Path:
         if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise BadCheckpoint(f"there is no directory {path}.")
         try:
-            directory = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
+            directory = Path(snapshot_download(name, allow_patterns=FILES, **hub))
         except Exception as error:  # of the hub's client: offline, no such name, no access, a full disk
             raise BadCheckpoint(
                 f"{name} is no directory here, and cannot be had from the hub: {str(error).splitlines()[0]}"

@@ -230,6 +230,8 @@ print("without: ok")
 WITH = """
 import sys, testreg
 assert "transformers" not in sys.modules  # importing testreg stays cheap
+import importlib.util
+importlib.util.find_spec("transformers.models.auto.configuration_auto")  # looked for, not loaded
 import torch, transformers as hf
 from safetensors.torch import load_file
 directory, kept = sys.argv[1:]
@@ -540,6 +542,36 @@ def test_without_an_exchange_of_names_two_renames_do(saved: Path, monkeypatch: p
     assert testreg.active(testreg.load(saved)).plan == DYNAMIC
     assert [path.name for path in saved.parent.iterdir()] == ["clean"]
 
+    rename, before = os.rename, contents(saved)
+    for dies in (True, False):  # between the two renames, or the second is refused
+
+        def second_fails(one: Path, other: Path, dies: bool = dies) -> None:
+            if other == saved and (dies or not one.name.endswith(atomic.OLD)):
+                raise KeyboardInterrupt if dies else OSError(errno.EACCES, os.strerror(errno.EACCES))
+            rename(one, other)
+
+        monkeypatch.setattr(atomic.os, "rename", second_fails)
+        with pytest.raises(KeyboardInterrupt if dies else BadCheckpoint):
+            testreg.save(patched()[0], saved, force=True)
+        if dies:
+            (old,) = saved.parent.iterdir()
+            with pytest.raises(KeyboardInterrupt):
+                testreg.save(patched()[0], saved)
+            assert contents(old) == before  # the only copy is not cleared away
+            rename(old, saved)
+        assert contents(saved) == before
+        assert [path.name for path in saved.parent.iterdir()] == ["clean"]
+
+
+def test_two_at_once_do_not_clear_each_other_away(tmp_path: Path) -> None:
+    with atomic.replacing(tmp_path / "clean") as one:
+        (one / "file").write_text("one")
+        with atomic.replacing(tmp_path / "clean") as two:
+            (two / "file").write_text("two")
+        assert (tmp_path / "clean" / "file").read_text() == "two"
+    assert (tmp_path / "clean" / "file").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["clean"]
+
 
 # Nothing from a checkpoint is trusted
 
@@ -770,6 +802,19 @@ def test_load_base_gives_the_class_that_the_config_names(plain: Path) -> None:
     assert load_base(plain, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_load_base_takes_a_hub_name_and_keeps_it(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (plain / "preprocessor_config.json").write_text("{}")
+    monkeypatch.setattr(modeling, "snapshot_download", lambda name, **kwargs: str(plain))
+    monkeypatch.setattr(checkpoint, "try_to_load_from_cache", lambda repo, file, revision: str(plain / file))
+    model = load_base("org/vit", revision="v1")
+    assert model.name_or_path == "org/vit"
+    testreg.patch(model, DYNAMIC)
+    directory = testreg.save(model, tmp_path / "clean")
+    assert Recipe.read(directory).base["model"] == "org/vit"
+    assert (directory / "preprocessor_config.json").is_file()
+    testreg.load(directory)
+
+
 def test_load_base_names_the_weights_that_are_broken_or_missing(plain: Path, saved: Path) -> None:
     name = "vit.layers.1.mlp.fc1.weight"
     name = name if name in load_file(plain / "model.safetensors") else "vit.encoder.layer.1.intermediate.dense.weight"
@@ -783,7 +828,7 @@ def test_load_base_names_the_weights_that_are_broken_or_missing(plain: Path, sav
     with pytest.raises(BadCheckpoint, match="cannot be loaded"):
         load_base(plain)
     (plain / "model.safetensors").rename(plain / "pytorch_model.bin")
-    with pytest.raises(BadCheckpoint, match="safetensors"):
+    with pytest.raises(BadCheckpoint, match="pickled ones are never read"):
         load_base(plain)
     with pytest.raises(BadCheckpoint, match="registers already"):
         load_base(saved)
@@ -800,7 +845,7 @@ def test_a_tower_whose_pooler_was_never_saved_gets_none(tmp_path: Path) -> None:
 
 def test_a_text_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path / "text")
-    (tmp_path / "text" / "model.safetensors").unlink()
+    (tmp_path / "text" / "model.safetensors").write_bytes(b"not read")
     with pytest.raises(UnsupportedModel, match="text model"):
         load_base(tmp_path / "text")
 
