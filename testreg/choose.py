@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .detect import Artefact, Candidate, rank
-from .errors import NoOutliers
+from .detect import Artefact, Candidate, Ranking, rank
+from .errors import BadPlan, Harmful
 from .families import Tower
 from .patch import patch
 from .plan import RegisterPlan
@@ -20,7 +20,7 @@ from .trial import Bench, Score
 MOST_REGISTERS = 16
 GONE = 0.01  # of the outliers may stay
 SAME = 1.05  # times the least drift is as good: then fewer neurons are better
-PATIENCE = 3  # larger sets in a row that are no better end the search for one
+PATIENCE = 2  # larger sets in a row that are no better end the search for one
 ROUNDS = 3  # rankings, where one set leaves outliers
 PAPER_NEURONS = 10
 ALIKE = 0.95  # mean cosine of outlier states with their mean, below which they may be of several kinds
@@ -78,23 +78,38 @@ class Search:
         self.model, self.tower, self.found, self.wanted = model, tower, found, wanted
         self.images, self.batch_size, self.step = ranked, batch_size, step
         self.bench = Bench(model, tower, tried, found.threshold, found.block, batch_size)
-        self.blocks = range(wanted.blocks[0], wanted.blocks[1] + 1) if wanted.blocks else None
-        by_activation = wanted.recipe == "paper"
-        self.ranking = rank(model, tower, ranked, found, batch_size, self.blocks, by_activation=by_activation)
+        first, last = wanted.blocks or (0, found.block)
+        self.blocks = range(first, last + 1)
+        self.form = wanted.form or ("dynamic" if wanted.entry == 0 or wanted.recipe == "paper" else "constant")
+        self.entries = self._entries()
+        self.ranking = self._rank(ranked)
         self.candidates = list(self.ranking.candidates)
         self.trials: list[Trial] = []
         if not self.candidates:
-            raise NoOutliers(
-                f"there are outlier patches (after block {found.shown}, {found.share:.2%} of them), but no MLP neuron "
-                f"up to block {found.block} fires at them and not elsewhere: registers would not remove them."
+            raise Harmful(
+                f"there are outlier patches ({found.share:.2%} of all after block {found.shown}), but no MLP neuron of "
+                f"blocks {first} to {last} fires at them and not elsewhere: registers would not remove them."
+            )
+        if wanted.top_k and wanted.top_k > len(self.candidates):
+            raise BadPlan(
+                f"top_k is {wanted.top_k}, but only {len(self.candidates)} neurons of blocks {first} to {last} fire at "
+                f"outlier patches and not elsewhere: ask for at most so many, or for more blocks."
             )
 
     def plan(
-        self, neurons: int, registers: int, entry: int, form: str = "constant", states: int = 1, *, zero: bool = False
+        self,
+        neurons: int,
+        registers: int,
+        entry: int,
+        form: str | None = None,
+        states: int = 1,
+        *,
+        zero: bool = False,
     ) -> RegisterPlan:
         """A plan with the best `neurons` candidates.
 
         Args:
+            form: by default the one that is tried first.
             states: of how many kinds the registers are, each with a state of its own.
             zero: let the neurons rest at 0, not at their mean over ordinary patches.
         """
@@ -102,55 +117,40 @@ class Search:
         for candidate in sorted(self.candidates[:neurons], key=lambda candidate: candidate.neuron):
             rows.setdefault(candidate.block, []).append(candidate)
         rest = {block: tuple(candidate.ordinary for candidate in row) for block, row in rows.items()}
-        state = None if form == "dynamic" else kinds(self.ranking.states[entry], states, registers)
+        state = None if (form or self.form) == "dynamic" else kinds(self.ranking.states[entry], states, registers)
         chosen = {block: tuple(candidate.neuron for candidate in row) for block, row in rows.items()}
         return RegisterPlan(chosen, registers, entry, state, rest=None if zero else rest)
 
     def best(self) -> RegisterPlan:
         """The plan that takes the outliers away and changes the model least."""
-        wanted = self.wanted
+        wanted, entries = self.wanted, self.entries
         if wanted.recipe == "paper":
             neurons, registers = wanted.top_k or PAPER_NEURONS, wanted.registers or 1
-            plan = self.plan(neurons, registers, wanted.entry or 0, wanted.form or "dynamic", zero=True)
-            return self._try("as published", plan).plan
+            return self._try("as published", self.plan(neurons, registers, entries[0], zero=True)).plan
         registers = wanted.registers or min(MOST_REGISTERS, max(1, round(self.ranking.per_image)))
-        entries = [wanted.entry] if wanted.entry is not None else self._entries()
         neurons = self._neurons(registers, entries[0])
-        if wanted.form != "dynamic":
-            for entry in entries[1:]:
-                self._try("where registers join", self.plan(neurons, registers, entry))
-            entry = self._winner().entry
-            if wanted.registers is None:
-                registers = self._registers(neurons, registers, entry)
-            states = self.ranking.states[entry]
-            if torch.nn.functional.cosine_similarity(states, states.mean(0)[None]).mean() < ALIKE:
-                least = min(trial.score.drift for trial in self.trials)
-                for count in range(2, registers + 1):
-                    trial = self._try("several kinds", self.plan(neurons, registers, entry, states=count))
-                    if trial.score.drift >= least:
-                        break
-                    least = trial.score.drift
-        if wanted.form is None:
-            entry = 0 if wanted.entry is None else wanted.entry
-            self._try("as in the paper", self.plan(neurons, registers, entry, "dynamic"))
-        elif wanted.form == "dynamic" and wanted.registers is None:
-            self._registers(neurons, registers, entries[0])
+        for entry in entries[1:]:
+            self._try("where registers join", self.plan(neurons, registers, entry))
+        entry = self._winner().entry
+        if wanted.registers is None:
+            registers = self._registers(neurons, registers, entry)
+        if self.form == "constant":
+            self._kinds(neurons, registers, entry)
+        if wanted.form is None and self.form == "constant":
+            self._try("as in the paper", self.plan(neurons, registers, wanted.entry or 0, "dynamic"))
         return self._winner()
 
     def _entries(self) -> list[int]:
         """Where registers may join, the likeliest first: where the outliers are written, after, or before that."""
-        if self.wanted.form == "dynamic":
-            return [0]
+        if self.wanted.entry is not None or self.form == "dynamic":
+            return [self.wanted.entry or 0]
         block = self.found.block
-        return sorted(
-            (entry for entry in self.ranking.states if abs(entry - block) < 2), key=lambda e: (e != block, -e)
-        )
+        return [entry for entry in (block, block + 1, block - 1) if 1 <= entry < len(self.tower.blocks)]
 
     def _neurons(self, registers: int, entry: int) -> int:
         """How many of the best candidates: the fewest of the least drift, among those that leave no outliers."""
-        form = self.wanted.form or "constant"
         if self.wanted.top_k is not None:
-            self._try("as wanted", self.plan(self.wanted.top_k, registers, entry, form))
+            self._try("as wanted", self.plan(self.wanted.top_k, registers, entry))
             return self.wanted.top_k
         done = 0
         for _ in range(ROUNDS):
@@ -158,7 +158,7 @@ class Search:
             for count in _sizes(len(self.candidates)):
                 if count <= done:
                     continue
-                score = self._try("how many neurons", self.plan(count, registers, entry, form)).score
+                score = self._try("how many neurons", self.plan(count, registers, entry)).score
                 if self._clean(score):
                     clean.append((count, score))
                 least = min((score.drift for _, score in clean), default=0.0)
@@ -167,9 +167,22 @@ class Search:
             if clean:
                 return next(count for count, score in clean if score.drift <= SAME * least)
             done = len(self.candidates)
-            if not self._look_again(self.plan(done, registers, entry, form)):
+            if not self._look_again(self.plan(done, registers, entry)):
                 break
         return done
+
+    def _rank(self, images: list[Kept]) -> Ranking:
+        entries = [entry for entry in self.entries if entry]
+        return rank(
+            self.model,
+            self.tower,
+            images,
+            self.found,
+            self.batch_size,
+            blocks=self.blocks,
+            entries=entries,
+            by_activation=self.wanted.recipe == "paper",
+        )
 
     def _look_again(self, plan: RegisterPlan) -> bool:
         """Rank neurons once more, on the model with `plan`, for the outliers that it leaves; False if none is new."""
@@ -179,7 +192,7 @@ class Search:
                 for batch in together(self.images, self.batch_size)
                 for image, norms in zip(batch, look(self.model, self.tower, stack(batch)).norms, strict=True)
             ]
-            ranking = rank(self.model, self.tower, images, self.found, self.batch_size, self.blocks)
+            ranking = self._rank(images)
         known = {(candidate.block, candidate.neuron) for candidate in self.candidates}
         new = [candidate for candidate in ranking.candidates if (candidate.block, candidate.neuron) not in known]
         self.candidates += new
@@ -187,10 +200,9 @@ class Search:
 
     def _registers(self, neurons: int, registers: int, entry: int) -> int:
         """How many registers: climb from `registers` while it gets better."""
-        form = self.wanted.form or "constant"
 
         def drift(count: int) -> float:
-            score = self._try("how many registers", self.plan(neurons, count, entry, form)).score
+            score = self._try("how many registers", self.plan(neurons, count, entry)).score
             return score.drift if self._clean(score) else float("inf")
 
         best, least = registers, drift(registers)
@@ -200,6 +212,18 @@ class Search:
             if best != registers:
                 break
         return best
+
+    def _kinds(self, neurons: int, registers: int, entry: int) -> None:
+        """Registers with states of their own, if outlier states differ: more kinds while it gets better."""
+        states = self.ranking.states[entry]
+        if torch.nn.functional.cosine_similarity(states, states.mean(0)[None]).mean() > ALIKE:
+            return
+        least = self._try("how many registers", self.plan(neurons, registers, entry)).score.drift
+        for count in range(2, registers + 1):
+            trial = self._try("several kinds", self.plan(neurons, registers, entry, states=count))
+            if trial.score.drift >= least:
+                return
+            least = trial.score.drift
 
     def _try(self, why: str, plan: RegisterPlan) -> Trial:
         for trial in self.trials:
@@ -219,7 +243,7 @@ class Search:
             return min(self.trials, key=lambda trial: (trial.score.left, trial.score.drift)).plan
         least = min(trial.score.drift for trial in clean)
         good = [trial for trial in clean if trial.score.drift <= SAME * least]
-        return min(good, key=lambda trial: (len(trial.plan.pairs), trial.score.drift)).plan
+        return min(good, key=lambda trial: (len(trial.plan.pairs), trial.score.drift, trial.plan.registers)).plan
 
 
 def kinds(states: Tensor, count: int, registers: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from .trial import Enough, Threshold
 LEAST, MOST = 2.0, 8.0  # times the median norm: between these, the emptiest place parts outliers from other patches
 STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
-SELECTIVE = 3.0  # how many of its standard deviations over ordinary patches a register neuron fires above their mean
+SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
 FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
 SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2")  # what multiplies an MLP's output
 
@@ -136,41 +137,41 @@ def rank(
     images: list[Kept],
     found: Artefact,
     batch_size: int,
-    blocks: range | None = None,
     *,
+    blocks: range,
+    entries: Collection[int],
     by_activation: bool = False,
 ) -> Ranking:
-    """Rank the neurons up to the block where outliers appear by what they contribute to them.
+    """Rank neurons by what they contribute to the outliers.
 
     The model runs as it is, patched or not, and only as far as needed.
 
     Args:
         images: kept images, whose norms tell the outliers.
-        blocks: where register neurons may be; by default all blocks up to the first that shows outliers.
+        blocks: where register neurons may be.
+        entries: blocks, from 1, whose input at the outliers is wanted.
         by_activation: score every neuron by its mean activation at outliers alone, as published (arXiv 2506.08010,
             section 4.1).
     """
-    last = found.block
-    sums = [_Sums() for _ in range(last + 1)]
-    streams = [_Sums() for _ in range(last + 1)]
-    states: dict[int, list[Tensor]] = {entry: [] for entry in range(max(1, last - 1), min(last + 3, len(tower.blocks)))}
-    stop = max(last, *states) - 1 if states else last
+    sums, streams = ({block: _Sums() for block in blocks} for _ in range(2))
+    states: dict[int, list[Tensor]] = {entry: [] for entry in entries}
+    last = max([*blocks, *(entry - 1 for entry in entries)])
     for batch in together(images, batch_size):
         outliers = torch.stack([found.threshold.outliers(image.norms[found.shown]) for image in batch])
 
         def read(index: int, tokens: Tensor, outliers: Tensor = outliers) -> None:
             patches = tokens[:, -outliers.shape[1] :]  # (images, patches, channels)
-            if index <= last:
+            if index in streams:
                 streams[index].add(patches, outliers)
             if index + 1 in states:
                 states[index + 1].append(patches[outliers.to(patches.device)].float().cpu())
-            if index >= max(last, stop):
+            if index == last:
                 raise Enough
 
         def activations(index: int, outliers: Tensor = outliers) -> Any:
             return lambda module, args: sums[index].add(args[0][:, -outliers.shape[1] :], outliers)
 
-        handles = [tower.downs[index].register_forward_pre_hook(activations(index)) for index in range(last + 1)]
+        handles = [tower.downs[index].register_forward_pre_hook(activations(index)) for index in blocks]
         try:
             with outputs(tower, read), suppress(Enough):
                 run(model, stack(batch))
@@ -178,9 +179,8 @@ def rank(
             for handle in handles:
                 handle.remove()
     candidates = []
-    for block in blocks or range(last + 1):
-        if block <= last:
-            candidates += _candidates(tower, block, sums[block], streams[block], by_activation)
+    for block in blocks:
+        candidates += _candidates(tower, block, sums[block], streams[block], by_activation)
     best = max((candidate.score for candidate in candidates), default=0.0)
     chosen = sorted(
         (candidate for candidate in candidates if candidate.score > (0 if by_activation else FAINT * best)),
@@ -237,7 +237,8 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
     weight = down.weight.detach().double().cpu()  # (channels, neurons)
     contrast = outliers - ordinary
     scores = outliers if by_activation else contrast * (away @ weight)
-    wanted = (scores > 0) & ((contrast.abs() > SELECTIVE * spread) | by_activation)
+    selective = contrast.square() > SELECTIVE**2 * (ordinary.square() + spread.square())
+    wanted = (scores > 0) & (selective | by_activation)
     return [
         Candidate(block, neuron, *(float(part[neuron]) for part in (scores, outliers, ordinary, spread)))
         for neuron in wanted.nonzero().flatten().tolist()

@@ -82,10 +82,12 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
         name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
-    if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+    names = inspect.signature(module.forward).parameters
+    if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
+    first = () if "pixel_values" in names or "pixel_values" not in placed else (placed.pop("pixel_values"),)  # timm's x
     with torch.no_grad():
-        return module(**placed)
+        return module(*first, **placed)
 
 
 def grid(height: int, width: int, patches: int) -> tuple[int, int]:

@@ -25,11 +25,12 @@ PER_OCTAVE = 32  # histogram bins per factor of two: quantiles are good to 2 %
 LOWEST = -24  # log2 of the lowest bin
 BINS = 48 * PER_OCTAVE
 SAMPLE = 64  # images that are kept, for ranking, trials and guard
+PADDING = ("pixel_attention_mask", "patch_attention_mask")  # inputs that say which patches are none
 PATCHES = 256  # patches of a kept image whose features are compared before and after
 
 
 class Histogram:
-    """Counts of positive values on a logarithmic scale, one row per block; two of them add up."""
+    """Counts of positive values on a logarithmic scale, one row per block."""
 
     def __init__(self, blocks: int):
         self.counts = torch.zeros(blocks, BINS, dtype=torch.int64)
@@ -39,6 +40,11 @@ class Histogram:
         bins = ((values.log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1).long()
         rows = torch.arange(len(self.counts), device=values.device)[:, None] * BINS
         self.counts += torch.bincount((bins + rows).flatten(), minlength=self.counts.numel()).view_as(self.counts).cpu()
+
+    def __add__(self, other: Histogram) -> Histogram:
+        total = Histogram(len(self.counts))
+        total.counts = self.counts + other.counts
+        return total
 
     def quantile(self, share: float) -> Tensor:
         """The value below which `share` of a block's values lie, `(blocks,)`."""
@@ -63,7 +69,7 @@ def value(bins: Tensor) -> Tensor:
 
 
 class Norms:
-    """Norms of patch tokens at the output of every block.
+    """Norms of patch tokens at the output of every block; those of two sets of images add up, exactly.
 
     Attributes:
         norms: of all patches, in the units of the residual stream.
@@ -87,6 +93,14 @@ class Norms:
         self.highest.add(norms.amax(-1, keepdim=True))
         self.largest = torch.maximum(self.largest, norms.amax((0, 2)).cpu())
         self.images += len(norms)
+
+    def __add__(self, other: Norms) -> Norms:
+        total = Norms(0)
+        total.norms, total.ratios = self.norms + other.norms, self.ratios + other.ratios
+        total.peaks, total.highest = self.peaks + other.peaks, self.highest + other.highest
+        total.largest = torch.maximum(self.largest, other.largest)
+        total.images = self.images + other.images
+        return total
 
 
 def relative(norms: Tensor) -> Tensor:
@@ -113,7 +127,7 @@ class Kept:
 
 
 class Sample:
-    """The images with the lowest digests of all that were offered, each once."""
+    """The images with the lowest digests of all that were offered, each once; two samples add up to that of all."""
 
     def __init__(self, size: int = SAMPLE):
         self.size = size
@@ -125,6 +139,12 @@ class Sample:
         self._kept[digest] = make()
         if len(self._kept) > self.size:
             del self._kept[max(self._kept)]
+
+    def __add__(self, other: Sample) -> Sample:
+        total = Sample(self.size)
+        for image in (*self, *other):
+            total.add(image.digest, partial(_same, image))
+        return total
 
     def __iter__(self) -> Iterator[Kept]:
         return iter([self._kept[digest] for digest in sorted(self._kept)])
@@ -176,7 +196,7 @@ def look(model: nn.Module, tower: Tower, inputs: Mapping[str, Tensor]) -> Look:
             f"block {int(broken.nonzero()[0])} gives NaN or infinity: the weights are broken, or {last[0].dtype} is "
             f"too narrow for this model; load it with dtype=torch.float32."
         )
-    return Look(stacked, summary(output, last[0], tower), _some(last[0][:, tower.prefix :]))
+    return Look(_unpadded(stacked, inputs), summary(output, last[0], tower), _some(last[0][:, tower.prefix :]))
 
 
 def patch_norms(tokens: Tensor, tower: Tower) -> Tensor:
@@ -231,10 +251,23 @@ def stack(kept: list[Kept]) -> dict[str, Tensor]:
     return {key: torch.cat([image.inputs[key] for image in kept]) for key in kept[0].inputs}
 
 
+def _unpadded(norms: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Norms `(images, blocks, patches)` in which padding, if any, has the median of its image, so is no outlier."""
+    for name in PADDING:
+        if name in inputs and inputs[name].flatten(1).shape[1] == norms.shape[-1]:
+            real = inputs[name].flatten(1).bool().to(norms.device)[:, None]  # (images, 1, patches)
+            return norms.where(real, norms.masked_fill(~real, torch.nan).nanmedian(-1, keepdim=True).values)
+    return norms
+
+
 def _keep(digest: str, batch: Batch, index: int, seen: Look) -> Kept:
     # Clones, or a view of one image would hold its whole batch.
     inputs = {key: tensor[index : index + 1].clone() for key, tensor in batch.inputs.items()}
     return Kept(digest, inputs, *(part[index].cpu().clone() for part in (seen.norms, seen.output, seen.features)))
+
+
+def _same(image: Kept) -> Kept:
+    return image
 
 
 def _some(patches: Tensor) -> Tensor:

@@ -88,7 +88,11 @@ def find(
     with quiet(model):
         seen = Seen(batches, progress)
         norms, sample = scan(model, tower, seen)
-        found = located(norms, Threshold(0.0, threshold) if threshold else valley(norms))
+        if len(sample) < FEWEST:
+            raise BadImages(
+                f"{len(sample)} different images are too few: at least {FEWEST} are needed, 16 to 64 are best."
+            )
+        found = located(norms, valley(norms) if threshold is None else Threshold(0.0, float(threshold)))
         ranked, tried, held = split(sample, found)
         with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
             search = Search(
@@ -133,11 +137,13 @@ def located(norms: Norms, threshold: Threshold) -> Artefact:
     if found is None:
         ratios = largest_ratio(norms)
         block = int(ratios.argmax())
+        wanted = "" if threshold.norm is None else f"above the {threshold} that was asked for "
         raise NoOutliers(
-            f"no high-norm artefact in {norms.images} images, so nothing to patch: the largest patch norm is "
+            f"no high-norm artefact {wanted}in {norms.images} images, so nothing to patch: the largest patch norm is "
             f"{float(ratios[block]):.1f} times the median of its image (after block {block}), where an artefact has a "
             f"group of patches apart from the others, at 3 to 50 times. Largest per block: "
-            f"{' '.join(f'{float(ratio):.1f}' for ratio in ratios)}."
+            f"{' '.join(f'{float(ratio):.1f}' for ratio in ratios)}; as norms: "
+            f"{' '.join(f'{float(norm):.3g}' for norm in norms.largest)}."
         )
     return found
 
@@ -146,12 +152,15 @@ def split(sample: Sample, found: Artefact) -> tuple[list[Kept], list[Kept], list
     """Images for ranking neurons, for trying plans, and for the guard: no image twice, those with outliers dealt out.
 
     Raises:
-        BadImages: there are too few.
+        BadImages: too few have outliers.
     """
-    images = list(sample)
-    if len(images) < FEWEST:
-        raise BadImages(f"{len(images)} different images are too few: at least {FEWEST} are needed, 16 to 64 are best.")
-    images.sort(key=lambda image: not found.threshold.outliers(image.norms[found.shown]).any())
+    images = sorted(sample, key=lambda image: not found.threshold.outliers(image.norms[found.shown]).any())
+    spoilt = sum(bool(found.threshold.outliers(image.norms[found.shown]).any()) for image in images)
+    if spoilt < 3:
+        raise BadImages(
+            f"{spoilt} of {len(images)} images have outlier patches, and three are the least: to "
+            f"rank neurons, to try plans, and for the guard. Give more images."
+        )
     ranked, tried, held = (images[hand::3] for hand in range(3))
     return ranked[:RANKED], tried[:TRIED], held + ranked[RANKED:] + tried[TRIED:]
 
@@ -189,30 +198,41 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 def _check(wanted: Wanted, tower: Tower) -> None:
     last = len(tower.blocks) - 1
-    whole = {
-        "top_k": (wanted.top_k, 1, max(tower.neurons)),
-        "registers": (wanted.registers, 1, MOST_REGISTERS),
-        "entry": (wanted.entry, 0, last),
-    }
-    for name, (value, least, most) in whole.items():
-        if value is not None and (not isinstance(value, int) or not least <= value <= most):
-            raise BadPlan(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
-    if wanted.threshold is not None and not 0 < wanted.threshold < float("inf"):
-        raise BadPlan(f"threshold must be a norm above 0, in the units of the residual stream, not {wanted.threshold}.")
-    if wanted.blocks is not None and not 0 <= wanted.blocks[0] <= wanted.blocks[1] <= last:
-        raise BadPlan(f"blocks must be the first and last block, from 0 to {last}, not {wanted.blocks}.")
-    for name, given, known in (
-        ("form", wanted.form, (None, "dynamic", "constant")),
-        ("recipe", wanted.recipe, ("auto", "paper")),
+    for name, least, most in (
+        ("top_k", 1, max(tower.neurons)),
+        ("registers", 1, MOST_REGISTERS),
+        ("entry", 0, last),
     ):
-        if given not in known:
-            raise BadPlan(f"{name} must be one of {', '.join(filter(None, known))}, not {given!r}.")
+        if (value := getattr(wanted, name)) is not None and not _whole(value, least, most):
+            raise BadPlan(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
+    for name, known in (("form", (None, "dynamic", "constant")), ("recipe", ("auto", "paper"))):
+        if (value := getattr(wanted, name)) not in known:
+            raise BadPlan(f"{name} must be one of {', '.join(filter(None, known))}, not {value!r}.")
+    norm: Any = wanted.threshold
+    if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < float("inf")):
+        raise BadPlan(f"threshold must be a norm above 0, in the units of the residual stream, not {norm!r}.")
+    pair: Any = wanted.blocks
+    if pair is not None:
+        right = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_whole(block, 0, last) for block in pair)
+        if not right or pair[0] > pair[1]:
+            raise BadPlan(f"blocks must be the first and the last block, each from 0 to {last}, not {pair!r}.")
+    if wanted.form == "constant" and wanted.entry == 0:
+        raise BadPlan(
+            "constant registers hold what outlier patches have inside the network, so entry must be 1 or more; only "
+            "dynamic ones (form='dynamic') can join with the embeddings."
+        )
+    if wanted.recipe == "paper" and wanted.form == "constant":
+        raise BadPlan("the published recipe has dynamic registers: leave form out, or take recipe='auto'.")
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _refuse_harm(plan: RegisterPlan, score: Score, before: float) -> None:
     if score.left > MOST_LEFT * before:
         reason = f"leaves {score.left:.2%} of the patches outliers, of {before:.2%}"
-    elif score.cosine < LEAST_COSINE or score.features < LEAST_FEATURES:
+    elif not (score.cosine >= LEAST_COSINE and score.features >= LEAST_FEATURES):  # as NaN is neither
         reason = (
             f"changes the model too much: cosine with the unpatched model {score.cosine:.3f} of the output (at least "
             f"{LEAST_COSINE} is allowed) and {score.features:.3f} of the ordinary patches (at least {LEAST_FEATURES})"

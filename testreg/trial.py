@@ -38,6 +38,9 @@ class Threshold:
         return f"norm {self.norm:g}" if self.norm is not None else f"{self.times:.1f} times the median norm of an image"
 
 
+NOISE = 1e-5  # drift that rounding can make up
+
+
 @dataclass(frozen=True)
 class Score:
     """Patched against unpatched, over the images of a trial.
@@ -56,8 +59,8 @@ class Score:
 
     @property
     def drift(self) -> float:
-        """How far from the unpatched model, from 0: output and ordinary patches count alike."""
-        return (1 - self.cosine) + (1 - self.features)
+        """How far from the unpatched model: output and ordinary patches count alike. What could be noise is equal."""
+        return max(NOISE, (1 - self.cosine) + (1 - self.features))
 
 
 class Bench:
@@ -164,4 +167,5 @@ def _compare(seen: Look, index: int, image: Kept, outliers: Tensor) -> tuple[flo
     ordinary = ~outliers.any(0)[::step]  # (some patches,)
     cosine = cosine_similarity(output, image.output, dim=0)
     same = output.argmax() == image.output.argmax()
-    return float(cosine), float(same), float(cosine_similarity(features, image.features)[ordinary].mean())
+    kept = cosine_similarity(features, image.features)[ordinary]  # (some ordinary patches,)
+    return float(cosine), float(same), float(kept.mean()) if len(kept) else 1.0
