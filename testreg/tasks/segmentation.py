@@ -71,6 +71,7 @@ class Probe(Task):
 
     Attributes:
         seeds: how many probes are fitted; the mean counts, and the spread is reported.
+        steps: of each probe's fit.
         block: whose output; may count from the end.
         foreground: tell only these mask values from all others; None = every class from every other.
     """
@@ -78,6 +79,7 @@ class Probe(Task):
     name: ClassVar[str] = "probe"
     side: int | None = 320
     seeds: int = 3
+    steps: int = 200
     block: int = -1
     foreground: Collection[int] | None = None
 
@@ -94,7 +96,7 @@ class Probe(Task):
             masks.append(sample.read_mask() if self.foreground is None else _foreground(sample, self.foreground))
         names = torch.unique(torch.cat([mask.flatten() for mask in masks]))
         names = names[names != IGNORE]  # (classes,)
-        index = torch.full((256,), IGNORE).scatter(0, names, torch.arange(len(names)))
+        index = torch.full((max(IGNORE, int(names.max())) + 1,), IGNORE).scatter(0, names, torch.arange(len(names)))
         truths = [index[mask] for mask in masks]
         fitted = torch.stack([_shrunk(true, features[0].shape[-1]) for true in truths[::2]])
         return [
@@ -105,7 +107,7 @@ class Probe(Task):
     def _judge(
         self, features: list[Tensor], fitted: Tensor, truths: list[Tensor], classes: int, seed: int
     ) -> list[Tensor]:
-        probe = metrics.linear_probe(torch.stack(features[::2]), fitted, classes, seed=seed)
+        probe = metrics.linear_probe(torch.stack(features[::2]), fitted, classes, seed=seed, steps=self.steps)
         counts = []
         for found, true in zip(features[1::2], truths[1::2], strict=True):
             with torch.no_grad():
