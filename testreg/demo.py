@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from .errors import BadImages
+from .errors import BadCheckpoint, BadImages
 from .planted import Planted, plant
 
 SIZE = 224
@@ -68,6 +70,30 @@ def demo_photos(count: int, seed: int = 0) -> list[Image.Image]:
         left, top = (int(random.integers(0, length - side + 1)) for length in photo.size)
         crops.append(photo.crop((left, top, left + side, top + side)))
     return crops
+
+
+def write(directory: Path, *, force: bool = False) -> tuple[Path, Path]:
+    """The demonstration's checkpoint, with its image processor, and photos, in a directory.
+
+    Returns:
+        The checkpoint's directory and that of the photos.
+
+    Raises:
+        BadCheckpoint: the directory is in use, and `force` is not given, or cannot be written.
+        BadImages: scikit-image is not installed.
+    """
+    checkpoint, photos = directory / "planted-vit", directory / "photos"
+    try:
+        if directory.exists() and any(directory.iterdir()) and not (force and checkpoint.is_dir()):
+            raise BadCheckpoint(f"{directory} is not empty: choose another directory with --out, or pass --force.")
+        photos.mkdir(parents=True, exist_ok=True)
+        for index, photo in enumerate(demo_photos(64)):
+            photo.save(photos / f"{index:02d}-{PHOTOS[index % len(PHOTOS)]}.jpg", quality=95)
+        demo_model()[0].save_pretrained(checkpoint)
+        ViTImageProcessor(do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(checkpoint)
+    except OSError as error:
+        raise BadCheckpoint(f"{directory} cannot be written: {error}.") from error
+    return checkpoint, photos
 
 
 def _pixels(images: list[Image.Image], size: int) -> Tensor:

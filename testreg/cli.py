@@ -1,0 +1,251 @@
+"""The command line: each command a thin call of the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import text
+from .errors import Harmful, NoOutliers, TestregError
+
+LOAD = """Saved to {out}. Load it:
+
+    import testreg
+    model = testreg.load("{out}")
+    outputs = model(**inputs)"""
+DEMO = """This is a demonstration: {model} is a small random Vision Transformer
+into which an artefact was planted. The photos in {photos} are real ones, from scikit-image.
+"""
+EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error of the package; 2: the command line itself
+
+
+class Commands(click.Group):
+    """Ends errors of the package in one sentence and an exit code of their kind."""
+
+    def invoke(self, context: click.Context) -> Any:
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars and transformers', in logs and pipes
+        try:
+            return super().invoke(context)
+        except TestregError as error:
+            if context.params.get("debug"):
+                raise
+            click.echo(f"testreg: {error}", err=True)
+            raise SystemExit(next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1)) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="testreg")
+def main(debug: bool) -> None:
+    """Test-time registers for pretrained Vision Transformers, without training.
+
+    \b
+    testreg inspect MODEL --images photos/              has it high-norm artefact patches?
+    testreg patch MODEL --images photos/ --out DIR      find, verify, save: the main job
+    testreg demo                                        the same on a small planted model, offline
+
+    MODEL is a directory or a name on the Hugging Face hub. Exit codes: 0 done, 1 an error, 2 wrong
+    usage, 3 the model has no artefact, 4 no plan passes the guard.
+    """
+
+
+def options(*which: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(which):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+loading = options(
+    click.option("--device", help="Where to run, as torch names it: cpu, cuda, mps. Default: cuda where there is one."),
+    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: the checkpoint's."),
+)
+photos = options(
+    click.option("--images", type=click.Path(), required=True, help="A folder of photos, or one; 16 to 64 are enough."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True),
+    click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that decode photos."),
+    loading,
+)
+choices = options(
+    click.option("--threshold", type=float, help="Norm from which on a patch is an outlier."),
+    click.option("--blocks", help="Where register neurons may be: FIRST-LAST, from 0."),
+    click.option("--top-k", type=int, help="Number of register neurons."),
+    click.option("--registers", type=int, help="Number of registers."),
+    click.option("--form", type=click.Choice(["dynamic", "constant"]), help="What the registers hold."),
+    click.option("--entry", type=int, help="Block before which the registers join; 0 = with the embeddings."),
+    click.option("--recipe", type=click.Choice(["auto", "paper"]), default="auto", help="paper = as published."),
+)
+
+
+@main.command()
+@click.argument("model")
+@photos
+@choices
+@click.option("--plan", "plan_file", type=click.Path(), help="Use this plan, as `find --out` wrote it.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the patched checkpoint.")
+@click.option("--force", is_flag=True, help="Replace the checkpoint in --out; save even if the guard refuses.")
+@as_json
+def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bool, **given: Any) -> None:
+    """Find the register neurons of MODEL, verify the patch on held-out photos, and save the patched model."""
+    from . import RegisterPlan
+    from .base import check_base
+
+    loaded = _load(model, given)
+    plan = RegisterPlan.load(plan_file) if plan_file else None
+    if plan and not force:
+        check_base(plan, loaded)
+    _patch(loaded, plan, out, given, force=force, as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@photos
+@choices
+@click.option("--out", type=click.Path(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
+@click.option("--explain", is_flag=True, help="Show the candidates and every plan tried.")
+@click.option("--force", is_flag=True, help="Give the best plan even if the guard refuses it.")
+@as_json
+def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool, **given: Any) -> None:
+    """Find the register neurons of MODEL and the registers that take their place."""
+    plan = _find(_load(model, given), given, force=force)
+    if out:
+        plan.save(out)
+    if as_json:
+        return _print_json(plan.to_dict())
+    _say(text.plan(plan.to_dict()), text.explanation(plan.provenance) if explain else "", text.guard(plan.provenance))
+    if out:
+        _say(f"Plan in {out}: testreg patch {model} --plan {out} --images ... --out ...")
+
+
+@main.command()
+@click.argument("model")
+@photos
+@click.option("--threshold", type=float, help="Norm from which on a patch is an outlier.")
+@as_json
+def inspect(model: str, threshold: float | None, as_json: bool, **given: Any) -> None:
+    """Patch norms of MODEL block by block, and whether it has the artefact. MODEL may be a patched one."""
+    from . import inspect as look
+
+    found = look(_load(model, given, patched=True), given["images"], threshold=threshold, **_running(given))
+    if as_json:
+        return _print_json(found.to_dict())
+    _say(text.norms(found.to_dict()["blocks"]), f"An outlier has {found.threshold} or more; {found.images} photos.")
+    _say(found.verdict)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
+@click.option("--out", type=click.Path(path_type=Path), default="before_after.png", show_default=True)
+@loading
+@as_json
+def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, as_json: bool, **given: Any) -> None:
+    """Draw patch norms and class-token attention of IMAGES before and after, side by side."""
+    from . import RegisterPlan
+    from .show import show as draw
+
+    plan = RegisterPlan.load(plan_file) if plan_file else None
+    figure = draw(_load(model, given, patched=True), plan, list(images))
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise TestregError(f"{out} cannot be written as a picture: {error}") from error
+    if as_json:
+        return _print_json({"picture": str(out)})
+    _say(f"Picture in {out}.")
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="A new directory.")
+@click.option("--force", is_flag=True, help="Use a directory that holds an earlier demonstration.")
+@as_json
+def demo(out: Path, force: bool, as_json: bool) -> None:
+    """Do the main job offline, on a small model with planted register neurons and photos from scikit-image."""
+    from .checkpoint import load_base
+    from .demo import write
+    from .show import show as draw
+
+    model, photos = write(out, force=force)
+    if not as_json:
+        _say(DEMO.format(model=model, photos=photos))
+    given = {"images": photos, "batch_size": 16, "workers": 0}
+    loaded = load_base(model)
+    plan = _patch(loaded, None, out / "patched", given, force=force, as_json=as_json)
+    picture = out / "before_after.png"
+    draw(loaded, plan, sorted(photos.iterdir())[:4]).savefig(picture, dpi=150)
+    if not as_json:
+        _say(f"\nPicture in {picture}.\n\nYour own model:\n\n    testreg patch MODEL --images PHOTOS --out DIRECTORY")
+
+
+def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force: bool, as_json: bool) -> Any:
+    """The main job: find, verify, save, tell."""
+    from . import inspect, save
+    from . import patch as install
+    from .checkpoint import free
+
+    free(out, model, force)
+    plan = plan or _find(model, given, force=force)
+    with install(model, plan):
+        threshold = plan.provenance.get("artefact", {}).get("norm")
+        after = inspect(model, given["images"], threshold=threshold, **_running(given))
+        save(model, out, force=force)
+    if as_json:
+        _print_json({"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()})
+        return plan
+    _say(text.plan(plan.to_dict()), text.norms(plan.provenance.get("blocks", []), after.to_dict()["blocks"]))
+    _say(text.guard(plan.provenance), LOAD.format(out=out))
+    return plan
+
+
+def _load(model: str, given: Mapping[str, Any], *, patched: bool = False) -> Any:
+    import torch
+
+    from .checkpoint import is_patched, load, load_base
+
+    device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    kwargs = {"dtype": getattr(torch, given["dtype"])} if given["dtype"] else {}
+    loaded = load(model, **kwargs) if patched and is_patched(model) else load_base(model, **kwargs)
+    try:
+        return loaded.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch says that a device is not there by either
+        raise TestregError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _find(model: Any, given: Mapping[str, Any], *, force: bool) -> Any:
+    from . import find as search
+
+    names = ("threshold", "top_k", "registers", "form", "entry", "recipe")
+    wanted = {name: given[name] for name in names if given.get(name) is not None}
+    return search(model, given["images"], blocks=_blocks(given.get("blocks")), force=force, **wanted, **_running(given))
+
+
+def _running(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"batch_size": given["batch_size"], "workers": given["workers"], "progress": sys.stderr.isatty()}
+
+
+def _blocks(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise click.BadParameter(f"{text!r} is not of the form FIRST-LAST, as in 3-8.", param_hint="--blocks")
+    return int(first), int(last or first)
+
+
+def _print_json(values: Any) -> None:
+    click.echo(json.dumps(values, indent=2))
+
+
+def _say(*parts: str) -> None:
+    click.echo("\n".join(part for part in parts if part))

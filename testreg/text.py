@@ -1,0 +1,93 @@
+"""What the command line says, as text: pure functions of plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def plan(values: Mapping[str, Any]) -> str:
+    """A plan's `to_dict()`: where the artefact is, and what is done about it."""
+    told, pairs = values["provenance"], [(b, n) for b, row in values["neurons"].items() for n in row]
+    lines = []
+    if "artefact" in told:
+        found, blocks = told["artefact"], told["blocks"]
+        worst = max(row["largest"] / row["median"] for row in blocks)
+        lines.append(
+            f"Artefact   {found['share']:.2%} of the patches, in {found['images']:.0%} of {told['images']['count']} "
+            f"photos: norms up to {worst:.0f} times the median, from block {found['block']} on"
+        )
+        if told["positions"]:
+            lines.append(f"           always at the same patches: {', '.join(map(str, told['positions'][:12]))}")
+        if told["images"]["skipped"]:
+            lines.append(f"           {told['images']['skipped']} files could not be read and were skipped")
+    neurons = ", ".join(f"({block}, {neuron})" for block, neuron in pairs[:12]) + (", ..." if len(pairs) > 12 else "")
+    where = "with the embeddings" if values["entry"] == 0 else f"before block {values['entry']}"
+    kind = {"dynamic": "zeros that receive the neurons' maxima", "constant": "the outliers' mean state"}
+    lines.append(f"Neurons    {len(pairs)} (block, neuron): {neurons}")
+    lines.append(f"Registers  {values['registers']}, joining {where}, holding {kind[values['form']]}")
+    return "\n".join(lines)
+
+
+def norms(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Patch norms per block, of one model or of two side by side."""
+    columns = ("median", "p99", "largest", "share", "images")
+    titles = ("median", "p99", "largest", "outliers", "photos")
+    sides = [rows for rows in (before, after) if rows]
+    width = sum((8, 8, 9, 9, 8))
+    lines = []
+    if len(sides) > 1:
+        lines.append("       " + "".join(f"  {title:-^{width - 2}}" for title in (" unpatched ", " patched ")))
+    lines.append("block  " + "".join(_cells(titles, str) for _ in sides))
+    for block, rows in enumerate(zip(*sides, strict=True)):
+        cells = (_cells([row[name] for name in columns], _number) for row in rows)
+        lines.append(f"{block:>5}  " + "".join(cells))
+    return "\n".join(lines)
+
+
+def guard(told: Mapping[str, Any]) -> str:
+    """What changed, on photos that no choice was made on."""
+    if "guard" not in told:
+        return ""
+    score = told["guard"]
+    return "\n".join(
+        [
+            f"Held out   {score['images']} photos on which nothing was chosen",
+            f"           outlier patches          {told['before']['outlier_patches']:.2%} -> {score['left']:.2%}",
+            f"           same top-1 answer        {score['agreement']:.1%}",
+            f"           cosine of the output     {score['cosine']:.4f}",
+            f"           cosine of other patches  {score['features']:.4f}",
+        ]
+    )
+
+
+def explanation(told: Mapping[str, Any]) -> str:
+    """The candidates and the plans tried."""
+    lines = ["", "Candidates: neurons that fire at outliers and not elsewhere, by how far they move outliers away"]
+    lines.append("  block  neuron      score  at outliers  elsewhere     spread")
+    for row in told["candidates"][:16]:
+        lines.append(
+            f"  {row['block']:>5}  {row['neuron']:>6}  {row['score']:>9.3f}  {row['outliers']:>11.3f}  "
+            f"{row['ordinary']:>9.4f}  {row['spread']:>9.4f}"
+        )
+    lines += ["", f"Plans tried on {told['split']['tried']} photos; drift = 2 - both cosines"]
+    lines.append("  neurons  registers  form      entry  outliers left  top-1  output  patches     drift  tried for")
+    for row in told["trials"]:
+        lines.append(
+            f"{'*' if row['chosen'] else ' '} {row['neurons']:>7}  {row['registers']:>9}  {row['form']:<8}  "
+            f"{row['entry']:>5}  {row['left']:>13.2%}  {row['agreement']:>5.0%}  {row['cosine']:>6.4f}  "
+            f"{row['features']:>7.4f}  {row['drift']:>8.5f}  {row['why']}"
+        )
+    return "\n".join(
+        [*lines, "* chosen: of those that leave no outliers, the least drift, with the fewest neurons", ""]
+    )
+
+
+def _cells(values: Sequence[Any], write: Any) -> str:
+    widths = (8, 8, 9, 9, 8)
+    shown = [f"{value:.2%}" if write is _number and index > 2 else write(value) for index, value in enumerate(values)]
+    return "".join(f"{cell:>{width}}" for cell, width in zip(shown, widths, strict=True))
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
