@@ -1,8 +1,9 @@
 """Lets the real torchvision import next to a CPU build of torch.
 
-Its wheel is built for CUDA, so the operators that its compiled part registers are missing; declaring their schemas is
-enough for the Python part, which timm and open_clip import. The wheel lies in a folder of its own, `.venv/torchvision`,
-where only processes that call `install` see it: elsewhere it would break every import of transformers.
+Where its wheel is built for CUDA, the operators that its compiled part would register are missing; declaring their
+schemas is enough for the Python part, which timm and open_clip import. The wheel lies in a folder of its own,
+`.venv/torchvision`, where only processes that call `install` see it: elsewhere it would break every import of
+transformers.
 """
 
 import sys
@@ -16,15 +17,19 @@ _library = None  # the declarations last as long as this object
 
 
 def install() -> bool:
-    """Make torchvision importable in this process; False where its folder is absent. Call before importing transformers."""
+    """Make torchvision importable in this process, before transformers is; False where its folder is absent."""
     global _library
     if not FOLDER.is_dir():
         return False
-    if _library is None:
+    if str(FOLDER) in sys.path:
+        return True
+    sys.path.append(str(FOLDER))
+    try:
+        torch.ops.load_library(FOLDER / "torchvision" / "_C.so")
+    except OSError:  # built for another torch
         _library = torch.library.Library("torchvision", "DEF")
         for name in OPERATORS:
             _library.define(f"{name}(Tensor x) -> Tensor")
             if "nms" not in name:
                 _library.define(f"_{name}_backward(Tensor x) -> Tensor")
-        sys.path.append(str(FOLDER))
     return True

@@ -1,0 +1,47 @@
+# `make demo` and `make test` each do all the set-up in a clean checkout.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PINS ?=# for instance: PINS="-c .ci/constraints.txt", the versions that CI tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PINS)
+
+.PHONY: demo test lint types bench clean
+
+demo: $(VENV)/demo-ready
+	$(BIN)/testreg demo --out demo --force
+
+# One thread per worker: two workers on two cores would otherwise wait for each other.
+test: $(VENV)/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+lint: $(VENV)/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test-ready
+	$(BIN)/mypy
+
+bench: $(VENV)/test-ready
+	$(BIN)/python -m tests.benchmarks.method
+
+clean:
+	rm -rf $(VENV) demo
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its exact version: an open range would fetch another build.
+$(VENV)/demo-ready: pyproject.toml | $(BIN)/pip
+	$(INSTALL) $(TORCH)
+	$(INSTALL) $(TORCH) -e '.[demo]'
+	touch $@
+
+# timm and open_clip ask for a torchvision, whose wheel does not fit a CPU build of torch: it goes into a folder of its
+# own, which only the tests look into (tests/torchvision_stub.py).
+$(VENV)/test-ready: pyproject.toml $(wildcard .ci/constraints.txt) | $(VENV)/demo-ready
+	$(INSTALL) $(TORCH) -e '.[dev]'
+	$(INSTALL) --no-deps timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.2 accelerate==1.15.0
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
+	touch $@

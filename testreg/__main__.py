@@ -1,0 +1,5 @@
+"""`python -m testreg`, as `accelerate launch -m` needs it."""
+
+from .cli import main
+
+main()
