@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from .errors import BadPlan
 
 FORMAT = "testreg-plan"
 VERSION = 1
+LARGEST = torch.finfo(torch.float32).max
 MOST_REGISTERS = 1024  # far beyond any use; a plan file is not trusted with the size of an allocation
 
 
@@ -194,14 +194,15 @@ def _rest(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[
     if {block: len(row) for block, row in rows.items()} != {block: len(row) for block, row in neurons.items()}:
         raise BadPlan(f"rest must hold one number per register neuron, {dict(neurons)}, not {rest!r:.200}.")
     for value in (value for row in rows.values() for value in row):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
             raise BadPlan(f"rest holds {value!r:.50}, which is no finite number.")
     return {block: tuple(map(float, rows[block])) for block in neurons}
 
 
 def _index(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 0:
-        raise BadPlan(f"{name} must be a whole number from 0, not {value!r}.")
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < 2**63:
+        huge = isinstance(value, int) and value.bit_length() > 64
+        raise BadPlan(f"{name} must be a whole number from 0, not {'one of many digits' if huge else repr(value)}.")
     return value.__index__()
 
 

@@ -237,6 +237,20 @@ def test_recorded_registers_and_full_attention(name):
 
 
 @ONE_PER_FAMILY
+def test_register_neurons_may_rest_at_another_value_than_zero(name):
+    """Zeroed neurons that rest at a value equal what a bias of the second linear would add."""
+    model, inputs = build(name)
+    down = find_tower(model).downs[1]
+    with patch(model, RegisterPlan({1: (3, 9)}, registers=0, rest={1: (0.5, -2.0)})):
+        patched = run(model, inputs)
+    with torch.no_grad():
+        added = down.weight[:, [3, 9]] @ torch.tensor([0.5, -2.0])
+        down.weight[:, [3, 9]] = 0
+    down.register_forward_hook(lambda module, args, output: output + added)
+    close(patched, run(model, inputs))
+
+
+@ONE_PER_FAMILY
 def test_no_registers_silences_neurons_only(name):
     model, inputs = build(name)
     tower = find_tower(model)

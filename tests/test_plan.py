@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,10 @@ def plans(draw: st.DrawFn) -> RegisterPlan:
         | arrays("float32", st.just((registers, 4)), elements=st.floats(-1e6, 1e6, width=32)).map(torch.tensor)
     )
     provenance = draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
-    return RegisterPlan(draw(NEURONS), registers, draw(st.integers(0, 50)), state, provenance)
+    plan = RegisterPlan(draw(NEURONS), registers, draw(st.integers(0, 50)), state, provenance=provenance)
+    numbers = st.floats(-9, 9, allow_nan=False)
+    rest = {block: draw(st.lists(numbers, min_size=len(row), max_size=len(row))) for block, row in plan.neurons.items()}
+    return replace(plan, rest=rest if draw(st.booleans()) else None)
 
 
 @FILES
@@ -73,7 +77,7 @@ def test_a_damaged_file_is_a_bad_plan_or_still_a_plan(tmp_path, plan, where, byt
 @given(JSON | st.fixed_dictionaries({}, optional={
     "version": st.just(1) | JSON,
     "neurons": st.dictionaries(st.text(max_size=3) | st.just("7"), JSON, max_size=2) | JSON,
-    "registers": st.integers() | JSON, "entry": st.integers() | JSON, "form": st.just("dynamic") | JSON,
+    "registers": st.integers() | JSON, "entry": st.integers() | JSON, "rest": JSON, "form": st.just("dynamic") | JSON,
     "provenance": JSON,
 }))  # fmt: skip
 def test_any_json_gives_a_plan_or_a_bad_plan(tmp_path, values):
@@ -101,6 +105,14 @@ def test_any_json_gives_a_plan_or_a_bad_plan(tmp_path, values):
         ({"neurons": {}, "registers": -1}, "registers must be a whole number"),
         ({"neurons": {}, "registers": 10**9}, "at most 1024"),
         ({"neurons": {}, "entry": 0.5}, "entry must be"),
+        ({"neurons": {7: (1, 2)}, "rest": {7: (0.5,)}}, "rest must hold one number per register neuron"),
+        ({"neurons": {7: (1, 2)}, "rest": {8: (0.5, 0.5)}}, "rest must hold one number per register neuron"),
+        ({"neurons": {7: (1, 2)}, "rest": 0.5}, "rest must hold one number per register neuron"),
+        ({"neurons": {7: (1,)}, "rest": {7: (float("nan"),)}}, "no finite number"),
+        ({"neurons": {7: (1,)}, "rest": {7: ("0.5",)}}, "no finite number"),
+        ({"neurons": {7: (1,)}, "rest": {7: (10**400,)}}, "no finite number"),
+        ({"neurons": {7: (10**5000,)}}, "whole number from 0, not one of many digits"),
+        ({"neurons": {}, "registers": -(10**5000)}, "whole number from 0, not one of many digits"),
         ({"neurons": {}, "registers": 2, "state": torch.zeros(3, 4)}, r"\(3, 4\); 2 registers need"),
         ({"neurons": {}, "state": torch.tensor([0.0, float("nan")])}, "NaN or infinity"),
     ],
@@ -129,6 +141,7 @@ def test_equality_is_what_it_does_to_a_model():
         RegisterPlan({7: (417,)}, 2, 2, torch.ones(4)),
         RegisterPlan({7: (417,)}, 2, 1, torch.zeros(4)),
         RegisterPlan({7: (417,)}, 2, 1),
+        replace(plan, rest={7: (0.5,)}),
     ]
     assert all(plan != other for other in others)
     assert plan != "plan"

@@ -11,15 +11,15 @@ from torch import Tensor
 from testreg.redirect import grow, join, move, positions, real, unturned
 
 
-def loop(activation: Tensor, neurons: list[int], registers: int, fill: bool) -> Tensor:
+def loop(activation: Tensor, neurons: list[int], registers: int, fill: bool, rest: list[float] | None = None) -> Tensor:
     """`move`, one number at a time."""
     result = activation.clone()
     for image in range(activation.shape[0]):
-        for neuron in neurons:
+        for place, neuron in enumerate(neurons):
             column = [activation[image, token, neuron].item() for token in range(activation.shape[1])]
             for token in range(activation.shape[1]):
                 if token >= registers:
-                    result[image, token, neuron] = 0
+                    result[image, token, neuron] = rest[place] if rest else 0
                 elif fill:
                     result[image, token, neuron] = max(column)
     return result
@@ -37,15 +37,17 @@ def cases(draw: st.DrawFn):
             max_size=batch * (registers + tokens) * width,
         )
     )
-    return torch.tensor(values).reshape(batch, registers + tokens, width), neurons, registers, draw(st.booleans())
+    rest = draw(st.none() | st.lists(st.floats(-9, 9, width=16), min_size=len(neurons), max_size=len(neurons)))
+    shaped = torch.tensor(values).reshape(batch, registers + tokens, width)
+    return shaped, neurons, registers, draw(st.booleans()), rest
 
 
 @given(cases())
 def test_move_equals_the_loop(case):
-    activation, neurons, registers, fill = case
-    before = activation.clone()
-    moved = move(activation, torch.tensor(neurons, dtype=torch.long), registers, fill=fill)
-    assert torch.equal(moved, loop(activation, neurons, registers, fill))
+    activation, neurons, registers, fill, rest = case
+    before, resting = activation.clone(), None if rest is None else torch.tensor(rest)
+    moved = move(activation, torch.tensor(neurons, dtype=torch.long), registers, fill=fill, rest=resting)
+    assert torch.equal(moved, loop(activation, neurons, registers, fill, rest))
     assert torch.equal(activation, before), "edited in place"
 
 
