@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .arms import PATCHED, UNPATCHED, arms
-from .errors import BadImages
+from .errors import BadImages, TestregError
 from .labels import Sample
 from .metrics import bootstrap
 from .patch import active
@@ -133,6 +134,7 @@ def evaluate(
         BadPlan: the plan does not fit the model.
         UnsupportedModel: no family describes the model, or it does not show what the task needs.
     """
+    _have("scipy", "sklearn")
     task = _task(task)
     if plan is None and (current := active(model)):
         plan = current.plan
@@ -163,6 +165,14 @@ def evaluate(
         "plan": None if plan is None else str(plan),
     }
     return Table(tuple(rows), provenance)
+
+
+def _have(*modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise TestregError(
+            f"evaluate needs {' and '.join(missing)}, not installed here: pip install testreg[evaluate]."
+        )
 
 
 def _task(task: str | Task) -> Task:

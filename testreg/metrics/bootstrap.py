@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 
 class Interval(NamedTuple):
@@ -33,6 +32,8 @@ def bootstrap(
         vectorized: `statistic` takes several draws at once `(draws, images)` as well, and gives one value for each.
         level: of confidence, 0..1.
     """
+    from scipy import stats  # of the extra "evaluate"
+
     value = float(statistic(np.arange(images)))
     if images < 2:
         return Interval(value, float("nan"), float("nan"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 MOST_SIMILAR = 100  # how many of the least connected patches may join the seed; the paper's k
@@ -22,6 +21,8 @@ def lost(features: Tensor, *, bias: float | None = -0.4) -> tuple[int, int, int,
     Returns:
         `(left, top, right, bottom)` in patches, the right and bottom edges not included.
     """
+    from scipy import ndimage  # of the extra "evaluate"
+
     rows, columns = features.shape[:2]
     flat = features.flatten(0, 1).float()  # (patches, channels)
     if bias is not None:

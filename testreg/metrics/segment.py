@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 
@@ -45,5 +44,7 @@ def pixel_accuracy(counts: Tensor) -> float:
 
 def pixel_ap(scores: Tensor, true: Tensor, ignore: int = 255) -> float:
     """Average precision of foreground `scores` against a mask of 0 and 1, pixel by pixel; `ignore` left out."""
+    from sklearn.metrics import average_precision_score  # of the extra "evaluate"
+
     keep = true != ignore
     return float(average_precision_score(true[keep].numpy(), scores[keep].numpy()))

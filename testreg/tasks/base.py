@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import labels
 from ..arms import Arm
@@ -79,17 +79,15 @@ class Task:
         return {}
 
 
-def answer(arm: Arm, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     """What the model says of each image as a whole, `(batch, channels)`, and what that is.
 
     Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state.
     """
-    model: Any = arm.model
     if hasattr(model, "get_image_features"):
-        output = run(arm.tower.module, inputs)
+        pooled = run(model, inputs).pooler_output
         with torch.no_grad():
-            pooled = output.pooler_output
-            project = getattr(model, "visual_projection", None)
+            project: Any = getattr(model, "visual_projection", None)
             return "image_embeds", (pooled if project is None else project(pooled)).float().cpu()
     output = run(model, inputs, whole=True)
     for kind in ("logits", "image_embeds", "pooler_output"):

@@ -46,7 +46,7 @@ class Classify(Task):
     def look(self, arm: Arm, samples: Iterable[Sample]) -> dict[str, np.ndarray]:
         outputs, kinds, true = [], set(), []
         for sample in samples:
-            kind, output = answer(arm, arm.inputs(sample.path, self.side))
+            kind, output = answer(arm.model, arm.inputs(sample.path, self.side))
             outputs.append(output)
             kinds.add(kind)
             true.append(self.classes.index(str(sample.label)))

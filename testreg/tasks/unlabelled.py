@@ -99,7 +99,7 @@ class Agreements(Task):
     repairable: ClassVar[bool] = False
 
     def look(self, arm: Arm, samples: Iterable[Sample]) -> Tensor:
-        return torch.cat([answer(arm, arm.inputs(sample.path, self.side))[1] for sample in samples])
+        return torch.cat([answer(arm.model, arm.inputs(sample.path, self.side))[1] for sample in samples])
 
     def measure(self, seen: Tensor, unpatched: Tensor) -> Measures:
         if seen.shape != unpatched.shape:
