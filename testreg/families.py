@@ -244,6 +244,8 @@ def _belongs(module: nn.Module, family: Family) -> bool:
 
 def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     blocks = tuple(reach(module, family.blocks))
+    if not blocks:
+        raise UnsupportedModel(f"{type(module).__name__} has no blocks, so there is nothing to patch.")
     downs, attentions = [], []
     for index, block in enumerate(blocks):
         down, attention = reach(block, family.down), reach(block, family.attention)

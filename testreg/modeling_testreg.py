@@ -134,8 +134,12 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
         raise
     except Exception as error:  # a stranger's config and weights can fail anywhere in the class that reads them
         raise BadCheckpoint(f"{directory} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
-    if as_saved and (missing := sorted(map(str, info["missing_keys"]))):
-        raise BadCheckpoint(f"{directory} lacks weights of {model_class.__name__}: {', '.join(missing[:3])}.")
+    for name, verb in (
+        ("missing_keys", "lacks weights of"),
+        ("unexpected_keys", "holds weights without a place in"),
+    ):
+        if as_saved and (keys := sorted(map(str, info[name]))):
+            raise BadCheckpoint(f"{directory} {verb} {model_class.__name__}: {', '.join(keys[:3])}.")
     del model.config.transformers_weights
     patch(model, plan)
     model.save_pretrained = MethodType(save_pretrained, model)

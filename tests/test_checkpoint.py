@@ -624,6 +624,8 @@ WEIGHTS = "model.testreg.safetensors"
         (("base_config", "quantization_config"), {"quant_method": "bitsandbytes"}, "quantization_config"),
         (("base_config", "attn_implementation"), "org/kernel", "attn_implementation"),
         (("base_config", "num_hidden_layers"), 10**9, "num_hidden_layers"),
+        (("base_config", "num_hidden_layers"), 0, "without a place|no blocks"),
+        (("base_config", "num_hidden_layers"), 2, "without a place"),
         (("base_config", "num_labels"), 10**9, "num_labels"),
         (("base_config", "hidden_size"), 10**6, "cannot be loaded|another model"),
         (("base_config", "intermediate_size"), 10**9, "another model"),
