@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from .charts import round_ticks
 from .errors import BadPlan
 from .families import find_tower
 from .images import ImageStream, stream
@@ -100,7 +100,7 @@ def show(
     after: list[View] = []
     source = stream(images, processor, model=model, batch_size=MOST)
     for inputs in _first(source):
-        photos.extend(_photo(pixels, source.processor) for pixels in inputs["pixel_values"])
+        photos.extend(as_photo(pixels, source.processor) for pixels in inputs["pixel_values"])
         with unpatched(model):
             before.extend(views(model, inputs))
         with patch(model, plan):
@@ -119,7 +119,7 @@ def _first(source: ImageStream) -> Iterator[Mapping[str, Tensor]]:
             return
 
 
-def _photo(pixels: Tensor, processor: Any) -> Tensor:
+def as_photo(pixels: Tensor, processor: Any) -> Tensor:
     """Pixel values `(3, height, width)` back as a photo `(height, width, 3)` in 0..1."""
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     if mean is None or std is None or not getattr(processor, "do_normalize", True):
@@ -179,7 +179,7 @@ def _draw(
             panel(row, 3 + column, view.attention, below, vmin=0, cmap=MAP)
 
     bar = box(lefts[1], height - FOOT + 0.12, 2 * SIDE + GAP, 0.12)
-    ticks = _round_ticks(low, high)
+    ticks = round_ticks(low, high)
     colours = figure.colorbar(ScalarMappable(scale, MAP), cax=bar, orientation="horizontal", ticks=ticks, format="%g")
     colours.outline.set_visible(False)
     colours.minorticks_off()
@@ -192,8 +192,3 @@ def _draw(
         color=QUIET,
     )
     return figure
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [tick for decade in decades for digit in (1, 2, 5) if low <= (tick := digit * 10.0**decade) <= high]

@@ -4,7 +4,7 @@ from .agreement import Agreement, agreement
 from .bootstrap import Interval, bootstrap
 from .classify import knn, top1, zero_shot
 from .lost import located, lost, overlap
-from .outliers import BlockNorms, block_norms, interpolate
+from .outliers import BlockNorms, block_norms, interpolate, ratios
 from .probe import linear_probe
 from .segment import foreground, intersections, mean_iou, pixel_accuracy, pixel_ap, split
 from .sinks import Sinks, received, sink_rate, sinks
@@ -28,6 +28,7 @@ __all__ = [
     "overlap",
     "pixel_accuracy",
     "pixel_ap",
+    "ratios",
     "received",
     "sink_rate",
     "sinks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ class BlockNorms:
 
     Attributes:
         median, p99, largest: over all patches of all images.
-        share: of patches above the threshold, 0..1.
-        images: share of images with at least one such patch, 0..1.
+        share: of patches that are outliers, 0..1.
+        images: share of images with at least one outlier, 0..1.
     """
 
     median: float
@@ -25,21 +26,24 @@ class BlockNorms:
     images: float
 
 
-def block_norms(norms: Tensor, threshold: float) -> list[BlockNorms]:
-    """Statistics of norms `(images, blocks, patches)`, one row per block."""
-    rows = []
-    for block in norms.float().unbind(1):  # (images, patches)
-        values, above = block.flatten().sort().values, block > threshold
-        rows.append(
-            BlockNorms(
-                median=float(block.median()),
-                p99=float(values[min(len(values) - 1, int(0.99 * len(values)))]),  # torch.quantile has a size limit
-                largest=float(values[-1]),
-                share=float(above.float().mean()),
-                images=float(above.any(dim=1).float().mean()),
-            )
-        )
-    return rows
+def ratios(norms: Tensor) -> Tensor:
+    """Norms `(..., patches)` of one image, or of several in front, as multiples of their image's median."""
+    return norms / norms.median(dim=-1, keepdim=True).values
+
+
+def block_norms(norms: Sequence[Tensor], times: float) -> list[BlockNorms]:
+    """Statistics of the norms of several images, each `(blocks, patches)`, one row per block.
+
+    Args:
+        times: a patch is an outlier from this many times the median norm of its image at the same block on.
+    """
+    outliers = [ratios(image) > times for image in norms]
+    with_one = torch.stack([image.any(dim=1) for image in outliers]).float().mean(dim=0)  # (blocks,)
+    share = torch.cat(outliers, dim=1).float().mean(dim=1)  # (blocks,)
+    values = torch.cat(list(norms), dim=1).float().sort(dim=1).values  # (blocks, all patches)
+    patches = values.shape[1]
+    columns = (values[:, (patches - 1) // 2], values[:, min(patches - 1, int(0.99 * patches))], values[:, -1])
+    return [BlockNorms(*row) for row in zip(*(column.tolist() for column in (*columns, share, with_one)), strict=True)]
 
 
 def interpolate(features: Tensor, outliers: Tensor) -> Tensor:
