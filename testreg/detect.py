@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import BadPlan
 from .families import Tower, reach
 from .metrics.outliers import BlockNorms
 from .observe import run
@@ -17,6 +18,7 @@ from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
 
 LEAST, MOST = 2.0, 8.0  # times the median norm: between these, the emptiest place parts outliers from other patches
+APART = 1.5  # times the median norm: below, a patch is an outlier by no threshold
 STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
 SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
@@ -48,7 +50,7 @@ def artefact(norms: Norms, threshold: Threshold) -> Artefact | None:
     share, images = shares(norms, threshold)
     largest = largest_ratio(norms)
     real = images >= COMMON
-    if threshold.norm is None:
+    if not threshold.norm:
         real &= largest > STRONG
     share = share.where(real, 0.0)
     if not share.any():
@@ -63,9 +65,11 @@ def artefact(norms: Norms, threshold: Threshold) -> Artefact | None:
 
 def shares(norms: Norms, threshold: Threshold) -> tuple[Tensor, Tensor]:
     """Share of outlier patches, and of images with one, at the output of every block `(blocks,)`."""
-    if threshold.norm is None:
-        return norms.ratios.above(threshold.times), norms.peaks.above(threshold.times)
-    return norms.norms.above(threshold.norm), norms.highest.above(threshold.norm)
+    share, images = norms.ratios.above(threshold.times), norms.peaks.above(threshold.times)
+    if threshold.norm:
+        share = share.minimum(norms.norms.above(threshold.norm))
+        images = images.minimum(norms.highest.above(threshold.norm))
+    return share, images
 
 
 def table(norms: Norms, threshold: Threshold) -> tuple[BlockNorms, ...]:
@@ -93,6 +97,21 @@ def valley(norms: Norms) -> Threshold:
     widest = int((lengths * emptiest).argmax())
     middle = lengths[:widest].sum() + lengths[widest] / 2 + window / 2
     return Threshold(times=float(value(low + middle)))
+
+
+def check_norm(norm: Any) -> None:
+    """Whether a threshold that a user set can be one.
+
+    Raises:
+        BadPlan: it cannot.
+    """
+    if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < float("inf")):
+        raise BadPlan(f"threshold must be a norm above 0, in the units of the residual stream, not {norm!r}.")
+
+
+def chosen(norms: Norms, norm: float | None) -> Threshold:
+    """A threshold at a norm that a user set, at blocks where such patches stand out at all; by default the valley."""
+    return valley(norms) if norm is None else Threshold(APART, float(norm))
 
 
 @dataclass(frozen=True)

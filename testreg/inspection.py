@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .detect import Artefact, artefact, largest_ratio, table, valley
+from .detect import Artefact, artefact, check_norm, chosen, largest_ratio, table
 from .families import find_tower
 from .images import stream
 from .metrics.outliers import BlockNorms
@@ -79,12 +79,13 @@ def inspect(
     """Patch norms per block and a verdict, of the model as it is, patched or not; arguments as in `find`.
 
     Raises:
-        BadImages, UnsupportedModel: what was given cannot be used.
+        BadImages, UnsupportedModel, BadPlan: what was given cannot be used.
     """
     tower = find_tower(model)
+    check_norm(threshold)
     batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers)
     with quiet(model):
         norms, _ = scan(model, tower, Seen(batches, progress), size=1)
-    limit = Threshold(0.0, threshold) if threshold else valley(norms)
+    limit = chosen(norms, threshold)
     ratios = tuple(largest_ratio(norms).tolist())
     return Inspection(table(norms, limit), ratios, limit, artefact(norms, limit), norms.images, tower.family)

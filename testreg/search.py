@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .base import describe
 from .choose import Search, Wanted
-from .detect import Artefact, artefact, largest_ratio, table, valley
+from .detect import Artefact, artefact, check_norm, chosen, largest_ratio, table
 from .errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from .families import Tower, find_tower
 from .images import Batch, ImageStream, stream
@@ -92,7 +92,7 @@ def find(
             raise BadImages(
                 f"{len(sample)} different images are too few: at least {FEWEST} are needed, 16 to 64 are best."
             )
-        found = located(norms, valley(norms) if threshold is None else Threshold(0.0, float(threshold)))
+        found = located(norms, chosen(norms, threshold))
         ranked, tried, held = split(sample, found)
         with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
             search = Search(
@@ -137,7 +137,7 @@ def located(norms: Norms, threshold: Threshold) -> Artefact:
     if found is None:
         ratios = largest_ratio(norms)
         block = int(ratios.argmax())
-        wanted = "" if threshold.norm is None else f"above the {threshold} that was asked for "
+        wanted = f"above the {threshold} that was asked for " if threshold.norm else ""
         raise NoOutliers(
             f"no high-norm artefact {wanted}in {norms.images} images, so nothing to patch: the largest patch norm is "
             f"{float(ratios[block]):.1f} times the median of its image (after block {block}), where an artefact has a "
@@ -208,9 +208,7 @@ def _check(wanted: Wanted, tower: Tower) -> None:
     for name, known in (("form", (None, "dynamic", "constant")), ("recipe", ("auto", "paper"))):
         if (value := getattr(wanted, name)) not in known:
             raise BadPlan(f"{name} must be one of {', '.join(filter(None, known))}, not {value!r}.")
-    norm: Any = wanted.threshold
-    if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < float("inf")):
-        raise BadPlan(f"threshold must be a norm above 0, in the units of the residual stream, not {norm!r}.")
+    check_norm(wanted.threshold)
     pair: Any = wanted.blocks
     if pair is not None:
         right = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_whole(block, 0, last) for block in pair)

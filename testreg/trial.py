@@ -23,19 +23,19 @@ class Threshold:
     """From which norm on a patch is an outlier.
 
     Attributes:
-        times: a multiple of the median norm of the patches of its image, at the output of the same block.
-        norm: a norm in the units of the residual stream; where it is given, it counts.
+        times: above this multiple of the median norm of the patches of its image, at the output of the same block.
+        norm: and above this norm in the units of the residual stream, where a user set one.
     """
 
     times: float
-    norm: float | None = None
+    norm: float = 0.0
 
     def outliers(self, norms: Tensor) -> Tensor:
         """Which patches are outliers, by their norms `(..., patches)`."""
-        return relative(norms) > self.times if self.norm is None else norms > self.norm
+        return (relative(norms) > self.times) & (norms > self.norm)
 
     def __str__(self) -> str:
-        return f"norm {self.norm:g}" if self.norm is not None else f"{self.times:.1f} times the median norm of an image"
+        return f"norm {self.norm:g}" if self.norm else f"{self.times:.1f} times the median norm of an image"
 
 
 NOISE = 1e-5  # drift that rounding can make up
