@@ -87,7 +87,11 @@ def _base_config(recipe: Recipe, kwargs: dict[str, Any]) -> tuple[PreTrainedConf
         )
     try:
         config_class: Any = CONFIG_MAPPING[model_type]
-        return config_class.from_dict({**recipe.base_config}, **{**kwargs, "return_unused_kwargs": True})
+        config, unused = config_class.from_dict({**recipe.base_config}, **{**kwargs, "return_unused_kwargs": True})
+        attention = kwargs.get("attn_implementation") or recipe.attention
+        if attention:
+            config._attn_implementation = attention  # of its sub-configs too
+        return config, unused
     except Exception as error:  # the values are a stranger's, and each config class checks them in its own way
         raise BadCheckpoint(f"the checkpoint's config is damaged: {first_line(error)}") from error
 
@@ -118,8 +122,6 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
     config.transformers_weights = recipe.weights
     as_saved = model_class.__name__ == recipe.architecture
     init = dict(recipe.init) if set(recipe.init) <= set(inspect.signature(model_class).parameters) else {}
-    if recipe.attention:
-        kwargs.setdefault("attn_implementation", recipe.attention)
     wants_info = kwargs.pop("output_loading_info", False)
     kwargs = {**init, **kwargs, "config": config, "use_safetensors": True, "output_loading_info": True}
     try:

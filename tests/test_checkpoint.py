@@ -119,6 +119,15 @@ def test_the_attention_implementation_and_a_missing_pooler_come_back(tmp_path: P
     assert loaded.pooler is None
     assert loaded.config._attn_implementation == "eager"
     assert_same(outputs(loaded, inputs), outputs(model, inputs))
+    for load in (testreg.load, hf.AutoModel.from_pretrained):
+        assert load(tmp_path / "clean", attn_implementation="sdpa").config._attn_implementation == "sdpa"
+        assert load(tmp_path / "clean", output_hidden_states=True).config.output_hidden_states
+    clip, inputs = build("CLIPModel")
+    clip.set_attn_implementation("eager")
+    testreg.patch(clip, DYNAMIC)
+    loaded = testreg.load(testreg.save(clip, tmp_path / "clip"))
+    assert loaded.vision_model.config._attn_implementation == "eager"
+    assert_same(outputs(loaded, inputs), outputs(clip, inputs))
 
 
 def test_a_vision_language_model_comes_back(tmp_path: Path) -> None:
