@@ -1,4 +1,4 @@
-"""One artefact planted into every family: found by its images, moved, and gone from every block."""
+"""One artefact planted into every family: found by its images, moved, gone from every block, and gone after a reload."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import FIRST, PATCH, ROWS, build, pixels
+from zoo import FIRST, PATCH, ROWS, build, pixels, tensors
 
 import testreg
 from testreg.detect import rank, valley
@@ -127,3 +127,20 @@ def test_planted_neurons_are_found_moved_and_gone(name):
     ):
         with testreg.patch(model, plan):
             assert (norms(model, inputs) < threshold).all()
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_patched_model_of_every_family_is_saved_and_comes_back(name, tmp_path):
+    model, inputs = build(name)
+    state = torch.ones(find_tower(model).channels)
+    testreg.patch(model, testreg.RegisterPlan({BLOCK: (NEURON,)}, registers=2, entry=1, state=state))
+    if not type(model).__module__.startswith("transformers"):
+        with pytest.raises(testreg.UnsupportedModel, match="Keep the plan instead"):
+            testreg.save(model, tmp_path / "clean")
+        return
+    with torch.no_grad():
+        wanted = tensors(model(**inputs))
+        found = tensors(testreg.load(testreg.save(model, tmp_path / "clean"))(**inputs))
+    assert found.keys() == wanted.keys()
+    for path in wanted:
+        torch.testing.assert_close(found[path], wanted[path], rtol=0, atol=0, equal_nan=True)

@@ -81,7 +81,7 @@ def test_real_weights(case, form, assets):
 def test_registers_without_neurons_change_little_and_removal_nothing(case, assets):
     kind, _, size = CASES[case]
     model = kind.from_pretrained(assets / "checkpoints" / case.split(",")[0], dtype=torch.float32).eval()
-    inputs = photos(assets, size)
+    inputs = photos(assets, size, 1)
     plain = run(model, inputs)
     last = "logits" if "logits" in plain else "pooler_output"
     with patch(model, RegisterPlan({}, registers=1)):
