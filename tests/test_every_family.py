@@ -1,4 +1,4 @@
-"""One artefact planted into every family: found by its images, moved, gone from every block, and gone after a reload."""
+"""One artefact planted into every family: found by its images, moved, gone, and gone after a reload as well."""
 
 from __future__ import annotations
 
