@@ -113,8 +113,8 @@ class Baked:
         lines = [
             f"# {name or type(model).__name__} with registers in its weights",
             "",
-            f"Test-time registers (Jiang et al., arXiv 2506.08010), made of weights alone by testreg, in an architecture "
-            f"that has register slots: no code, nothing to install. {self.plan}.",
+            f"Test-time registers (Jiang et al., arXiv 2506.08010), made of weights alone by testreg, in an "
+            f"architecture that has register slots: no code, nothing to install. {self.plan}.",
             "",
             "```python",
             f"model = {load}",

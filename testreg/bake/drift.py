@@ -45,8 +45,8 @@ class Drift:
         same_patched = "" if self.agreement_patched is None else f", top-1 agreement {self.agreement_patched:.1%}"
         return (
             f"on {self.images} other images: largest patch norm {self.outlier:.1f} times the median "
-            f"(unpatched {self.outlier_unpatched:.1f}, run-time patch {self.outlier_patched:.1f}); against the unpatched "
-            f"model answer cosine {self.answer:.5f}{same}; against the run-time patch answer cosine "
+            f"(unpatched {self.outlier_unpatched:.1f}, run-time patch {self.outlier_patched:.1f}); against the "
+            f"unpatched model answer cosine {self.answer:.5f}{same}; against the run-time patch answer cosine "
             f"{self.answer_patched:.5f}{same_patched}, patch feature cosine {self.patches:.5f}"
         )
 

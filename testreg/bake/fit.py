@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class _Oven:
     tower: Tower
     plan: RegisterPlan
     images: Inputs
-    state: Tensor = torch.empty(0)  # of the registers in front of block 0, `(registers, channels)`
+    state: Tensor = field(init=False)  # of the registers in front of block 0, `(registers, channels)`
 
     def start(self, blocks: range, states: Tensor, seed: Any = None) -> Tensor:
         """For each kind of register, a free vector that the queries of `blocks` attend to least `(kinds, channels)`."""
@@ -120,9 +120,7 @@ class _Oven:
                 picked = torch.randperm(len(tokens), generator=random)[:samples]
                 queries, masses = _queries(part, tap.seen[block], picked)
                 found.append(
-                    algebra.odds(
-                        queries, masses, part.key.weight, _bias(part.key), part.norm1.weight, part.norm1.bias
-                    )
+                    algebra.odds(queries, masses, part.key.weight, _bias(part.key), part.norm1.weight, part.norm1.bias)
                 )
         return algebra.Odds(torch.cat([one.slopes for one in found]), torch.cat([one.offsets for one in found]))
 

@@ -140,15 +140,22 @@ def to_timm(
     classes = len(head["head.weight"]) if "head.weight" in head else 0
     eps = getattr(norm, "eps", 1e-6)
     name = SWIGLU if first.up is not None else CLIP if eps == 1e-5 else ARCHITECTURES.get(tower.channels, BASE)
+    sides = [args["img_size"]] * 2 if isinstance(args["img_size"], int) else args["img_size"]
     cfg = {
-        "input_size": [config.num_channels, *([args["img_size"]] * 2 if isinstance(args["img_size"], int) else args["img_size"])],
+        "input_size": [config.num_channels, *sides],
         "fixed_input_size": not args.get("dynamic_img_size", False),
         "num_classes": classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         **_preprocessing(processor),
-    }  # fmt: skip
-    stock = {"model_type": "timm_wrapper", "architecture": name, "num_classes": classes, "num_features": tower.channels, "model_args": args}
+    }
+    stock = {
+        "model_type": "timm_wrapper",
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": tower.channels,
+        "model_args": args,
+    }
     labels = _labels(model, classes) if reach(model, "classifier") is not None else {}
     return weights, {**stock, "global_pool": args["global_pool"], "pretrained_cfg": cfg, **labels}
 
@@ -229,7 +236,9 @@ def _preprocessing(processor: Any) -> dict[str, Any]:
         "crop_pct": crop / size if cropped and crop and size else 1.0,
         "crop_mode": "center" if cropped else "squash",
     }
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None
+    }
 
 
 def _sides(size: Any) -> int | None:
