@@ -55,7 +55,7 @@ def observe(
         for block in keys:
             handles.append(_keep_keys(tower, seen, block))
         for block in attentions:
-            handles.append(tower.attentions[block].register_forward_hook(_keep_attention(tower, seen, block)))
+            handles += _keep_attention(tower, seen, block)
         with _eager(tower.module) if attentions else _unchanged():
             yield seen
     finally:
@@ -112,7 +112,9 @@ def _keep_state(seen: Seen, block: int) -> Any:
     return hook
 
 
-def _keep_attention(tower: Tower, seen: Seen, block: int) -> Any:
+def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
+    attention: Any = tower.attentions[block]
+
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
             raise UnsupportedModel(
@@ -121,16 +123,43 @@ def _keep_attention(tower: Tower, seen: Seen, block: int) -> Any:
             )
         seen.attentions[block] = output[1]
 
-    return hook
+    def weights(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        registers = _registers(tower, block)
+        seen.attentions[block] = args[0][..., registers:, registers:]
+
+    if isinstance(attention, nn.MultiheadAttention):
+        wanted = {"need_weights": True, "average_attn_weights": False}
+        asked = attention.register_forward_pre_hook(
+            lambda module, args, kwargs: (args[:4], {**kwargs, **wanted}), with_kwargs=True
+        )
+        return [asked, attention.register_forward_hook(hook)]
+    if isinstance(getattr(attention, "fused_attn", None), bool):  # timm's, whose weights pass a dropout
+        return [attention.attn_drop.register_forward_pre_hook(weights), _Unfused(attention)]
+    return [attention.register_forward_hook(hook)]
+
+
+class _Unfused:
+    """timm's attention computes its weights one by one until `remove`, where it would leave that to a fused kernel."""
+
+    def __init__(self, attention: Any):
+        self.attention, self.before = attention, attention.fused_attn
+        attention.fused_attn = False
+
+    def remove(self) -> None:
+        self.attention.fused_attn = self.before
+
+
+def _registers(tower: Tower, block: int) -> int:
+    """How many registers are in front of the tokens inside a block now."""
+    current = active(tower.module)
+    return current.plan.registers if current and block >= current.plan.entry else 0
 
 
 def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
     attention = tower.attentions[block]
 
     def keep(keys: Tensor) -> None:
-        current = active(tower.module)
-        registers = current.plan.registers if current and block >= current.plan.entry else 0
-        seen.keys[block] = keys[:, registers:]
+        seen.keys[block] = keys[:, _registers(tower, block) :]
 
     for name, part in attention.named_modules():
         last = name.split(".")[-1]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .charts import round_ticks
-from .errors import BadPlan
+from .errors import BadPlan, UnsupportedModel
 from .families import find_tower
 from .images import ImageStream, stream
 from .observe import grid, observe, run, unpatched
@@ -43,6 +43,12 @@ class View:
 def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     """A view of each image of a processed batch, of the model as it is now, patched or not."""
     tower = find_tower(model)
+    if inputs["pixel_values"].ndim != 4:
+        shape = tuple(inputs["pixel_values"].shape)
+        raise UnsupportedModel(
+            f"{type(tower.module).__name__} takes pixel values of the shape {shape}; maps can be drawn for photos "
+            f"(images, channels, height, width) alone."
+        )
     blocks, last = range(len(tower.blocks)), len(tower.blocks) - 1
     with observe(model, states=blocks, attentions=[last]) as seen:
         run(model, inputs)

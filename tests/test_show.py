@@ -19,7 +19,17 @@ from testreg.show import clearest_block, show, views
 
 PLAN = RegisterPlan({1: (3, 5)}, registers=2)
 PIXELS = zoo.images()(3)["pixel_values"]
-TOWERS = [name for name in zoo.FIRST if "Backbone" not in name]
+TOWERS = (
+    "ViTModel",
+    "DeiTModel",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+    "DINOv3ViTModel",
+    "IJepaModel",
+    "CLIPVisionModel",
+    "SiglipVisionModel",
+)
+OTHERS = ("timm.VisionTransformer", "timm.Eva", "open_clip.VisionTransformer", "torchvision.VisionTransformer")
 
 
 @pytest.fixture(params=TOWERS)
@@ -56,6 +66,33 @@ def test_views_are_what_the_model_itself_reports(model, patched):
         torch.testing.assert_close(view.attention.flatten(), rows[:, tower.prefix :].mean(0))
         assert view.registers == pytest.approx(1 - float(rows.sum(-1).mean()), abs=1e-6)
         assert (view.registers > 0.01) == patched
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_libraries_give_maps_too(name):
+    model, _ = zoo.build(name)
+    inputs = {"pixel_values": PIXELS}
+    before = run(model, inputs)
+    fused = [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
+    for view in views(model, inputs):
+        prefix = find_tower(model).prefix
+        assert view.attention.shape == (4, 4)
+        assert view.attention.sum() < 1 if prefix else view.attention.sum() == pytest.approx(1, abs=1e-5)
+        assert view.registers == pytest.approx(0, abs=1e-5)
+    with testreg.patch(model, PLAN):
+        assert all(view.registers > 0.01 for view in views(model, inputs))
+    assert torch.equal(run(model, inputs), before)
+    assert fused == [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]
+
+
+def test_timms_maps_are_those_of_its_own_extractor():
+    timm = pytest.importorskip("timm.utils")
+    model, _ = zoo.build("timm.VisionTransformer")
+    (view,) = views(model, {"pixel_values": PIXELS[:1]})
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    maps = timm.AttentionExtract(model, names=["blocks.2.attn.attn_drop"], method="hook")(PIXELS[:1])
+    torch.testing.assert_close(view.attention.flatten(), next(iter(maps.values()))[0].mean(0)[0, 1:])
 
 
 def test_views_of_photos_that_are_not_square_keep_their_rows(model):

@@ -90,6 +90,8 @@ def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]
             project: Any = getattr(model, "visual_projection", None)
             return "image_embeds", (pooled if project is None else project(pooled)).float().cpu()
     output = run(model, inputs, whole=True)
+    if isinstance(output, Tensor) and output.ndim == 2:  # timm, open_clip, torchvision
+        return "logits", output.float().cpu()
     for kind in ("logits", "image_embeds", "pooler_output"):
         if isinstance(found := getattr(output, kind, None), Tensor) and found.ndim == 2:
             return kind, found.float().cpu()
