@@ -40,6 +40,7 @@ def replacing(target: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX)  # other processes see that this directory is at work
         yield build
         for path in build.iterdir():
+            path.chmod(build.stat().st_mode & 0o666)  # readable for whom the directory is; safetensors keeps others out
             _sync(path)
         _sync(build)
         _swap(build, target)

@@ -572,6 +572,10 @@ def test_without_an_exchange_of_names_two_renames_do(saved: Path, monkeypatch: p
         assert [path.name for path in saved.parent.iterdir()] == ["clean"]
 
 
+def test_whoever_may_read_the_directory_may_read_its_files(saved: Path) -> None:
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {saved.stat().st_mode & 0o666}
+
+
 def test_two_at_once_do_not_clear_each_other_away(tmp_path: Path) -> None:
     with atomic.replacing(tmp_path / "clean") as one:
         (one / "file").write_text("one")
