@@ -19,7 +19,7 @@ from .trial import Bench, Score
 
 MOST_REGISTERS = 16
 GONE = 0.01  # of the outliers may stay
-SAME = 1.05  # times the least drift is as good: then fewer neurons are better
+SAME = 1.05  # times the least drift is as good: then the smaller or the earlier plan is better
 PATIENCE = 2  # larger sets in a row that are no better end the search for one
 ROUNDS = 3  # rankings, where one set leaves outliers
 PAPER_NEURONS = 10
@@ -199,7 +199,7 @@ class Search:
         return bool(new)
 
     def _registers(self, neurons: int, registers: int, entry: int) -> int:
-        """How many registers: climb from `registers` while it gets better."""
+        """How many registers: climb from `registers` while it gets clearly better."""
 
         def drift(count: int) -> float:
             score = self._try("how many registers", self.plan(neurons, count, entry)).score
@@ -207,7 +207,7 @@ class Search:
 
         best, least = registers, drift(registers)
         for step in (1, -1):
-            while 1 <= best + step <= MOST_REGISTERS and (found := drift(best + step)) < least:
+            while 1 <= best + step <= MOST_REGISTERS and (found := drift(best + step)) * SAME < least:
                 best, least = best + step, found
             if best != registers:
                 break
@@ -221,7 +221,7 @@ class Search:
         least = self._try("how many registers", self.plan(neurons, registers, entry)).score.drift
         for count in range(2, registers + 1):
             trial = self._try("several kinds", self.plan(neurons, registers, entry, states=count))
-            if trial.score.drift >= least:
+            if trial.score.drift * SAME >= least:
                 return
             least = trial.score.drift
 

@@ -67,7 +67,7 @@ def plans(search: Search, automatic: RegisterPlan, paper: RegisterPlan) -> Itera
     yield "  its best 3 by hand, 1 register", RegisterPlan(BEST_BY_HAND, 1)
     yield "  its best 3 by hand, 3 registers", RegisterPlan(BEST_BY_HAND, 3)
     yield "**automatic**", automatic
-    for count in (1, 2, 3, 4, 5, 6):
+    for count in (1, 2, 4, 6):
         if count != neurons:
             yield f"{count} neurons", search.plan(count, registers, entry)
     for count in (1, 2, 3, 4, 5, 6):
@@ -80,7 +80,6 @@ def plans(search: Search, automatic: RegisterPlan, paper: RegisterPlan) -> Itera
     yield "  the same with 6 neurons", search.plan(6, registers, entry, zero=True)
     yield "joining before block 8, neurons at 0", search.plan(neurons, registers, 8, zero=True)
     yield "a state for each of 2 kinds", search.plan(neurons, registers, entry, states=2)
-    yield "a state for each of 4 kinds", search.plan(neurons, registers, entry, states=4)
     assert automatic.state is not None
     for times in (0.5, 2.0):
         yield f"state times {times}", replace(automatic, state=automatic.state * times)
