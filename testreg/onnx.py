@@ -59,11 +59,9 @@ def export_onnx(
     if dtype not in TOLERANCE:
         raise TestregError(f"dtype is {dtype}; ONNX export is for torch.float32 and torch.float16.")
     _needs("onnx", "onnxscript", "onnxruntime")
-    if not isinstance(model, nn.Module):
-        model = load(model)
-    # A copy owns its own patch. Attention maps are not among the outputs, so the fused kernels are good enough.
-    plain = _Plain(copy.deepcopy(_of_images(model)), dtype).eval()
-    example = torch.randn(2, *_shape(plain.model, size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    loaded: Any = model if isinstance(model, nn.Module) else load(model)
+    plain = _Plain(copy.deepcopy(_of_images(loaded)), dtype).eval()
+    example = torch.randn(2, *_shape(plain.inner, size), generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         names = list(plain.named(example))
         try:
@@ -79,12 +77,12 @@ def export_onnx(
             )
         except Exception as error:  # whatever tracing raises
             raise UnsupportedModel(
-                f"{type(model).__name__} cannot be exported to ONNX: {str(error).strip().splitlines()[0]}"
+                f"{type(loaded).__name__} cannot be exported to ONNX: {str(error).strip().splitlines()[0]}"
             ) from error
     assert program is not None
     foreign = {node.domain for node in program.model.graph.all_nodes()} - {"", "ai.onnx"}
     if foreign:
-        raise UnsupportedModel(f"{type(model).__name__} needs operators that ONNX has not: {', '.join(foreign)}.")
+        raise UnsupportedModel(f"{type(loaded).__name__} needs operators that ONNX has not: {', '.join(foreign)}.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -104,13 +102,13 @@ class _Plain(nn.Module):
 
     def __init__(self, model: Any, dtype: torch.dtype):
         super().__init__()
-        self.model = model.to("cpu", dtype)
+        self.inner: Any = model.to("cpu", dtype)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.named(pixel_values).values())
 
     def named(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        output = self.model(pixel_values)
+        output = self.inner(pixel_values)
         if isinstance(output, Tensor):
             return {"output": output}
         named: dict[str, Tensor] = {}
@@ -127,7 +125,9 @@ def _index_copy() -> Any:
 
     PyTorch's own translation is a ScatterND, on which ONNX Runtime 1.32 crashes in float16 on the CPU.
     """
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def translate(self: Any, dim: int, index: Any, source: Any) -> Any:
         size, count = op.Squeeze(op.Gather(op.Shape(self), [dim])), op.Squeeze(op.Shape(index))
@@ -137,7 +137,7 @@ def _index_copy() -> Any:
     return translate
 
 
-def _of_images(model: nn.Module) -> nn.Module:
+def _of_images(model: nn.Module) -> Any:
     """The model, or its vision tower where it reads text as well."""
     if getattr(model, "main_input_name", "pixel_values") == "pixel_values":
         return model
@@ -152,7 +152,7 @@ def _shape(model: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
         grid = reach(model, "patch_embed.img_size") or reach(model, "timm_model.patch_embed.img_size")
         height, width = size or grid or sides
         return channels, height, width
-    config = model.config if hasattr(model, "config") else find_tower(model).module.config
+    config: Any = reach(model, "config") or reach(find_tower(model).module, "config")
     config = getattr(config, "vision_config", config)
     given = size or reach(config, "image_size") or 224
     height, width = (given, given) if isinstance(given, int) else given
@@ -160,7 +160,7 @@ def _shape(model: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
 
 
 def _compare(plain: _Plain, file: Path, names: list[str], example: Tensor, dtype: torch.dtype) -> None:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -55,11 +55,12 @@ def parts(tower: Tower, index: int) -> Parts:
     Raises:
         UnsupportedModel: it is built in another way.
     """
-    block, attention = tower.blocks[index], tower.attentions[index]
+    block: Any = tower.blocks[index]
     found: dict[str, Any] = {part: _first(block, names) for part, names in NAMES.items()}
-    # Releases before 5.x nest the projections once more, and the output projection lies beside them.
-    found |= {part: _first(attention, names) or _first(block.attention, names) if hasattr(block, "attention") else
-              _first(attention, names) for part, names in ATTENTION.items()}  # fmt: skip
+    # Early releases of 5.x nest the projections once more, and the output projection lies beside them.
+    around = [tower.attentions[index], getattr(block, "attention", None)]
+    for part, names in ATTENTION.items():
+        found[part] = next((value for value in (_first(module, names) for module in around if module) if value), None)
     found |= {"up": reach(block, "mlp.up_proj"), "down": tower.downs[index]}
     found["heads"] = reach(tower.module, "config.num_attention_heads")
     missing = [part for part, value in found.items() if value is None and part not in ("up", "scale1", "scale2")]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import base
 from ..atomic import replacing
 from ..card import front_matter
-from ..checkpoint import free, load_base, source_files
+from ..checkpoint import free, load, load_base, source_files
 from ..errors import BadCheckpoint, BadImages, BadPlan, Harmful, UnsupportedModel
 from ..families import find_tower
 from ..images import processor_for, stream
@@ -211,17 +211,15 @@ def export_stock(
         BadPlan: the model has no patch, and no plan was given.
         BadCheckpoint: `out` is in use or cannot be written; and all that `bake` raises.
     """
+    loaded: Any = model
     if not isinstance(model, nn.Module):
-        from ..modeling_testreg import load
-
-        model = load_base(model) if plan is not None else load(model)
-    acting = active(model)
+        loaded = load_base(model) if plan is not None else load(model)
+    acting = active(loaded)
     plan = plan or (acting.plan if acting else None)
     if plan is None:
-        raise BadPlan(f"{type(model).__name__} is not patched: give the plan, or testreg.patch(model, found) first.")
-    named: Any = model
-    free(Path(out).expanduser(), named, replace)  # before minutes of work
-    baked = bake(model, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
+        raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan, or testreg.patch(model, found) first.")
+    free(Path(out).expanduser(), loaded, replace)  # before minutes of work
+    baked = bake(loaded, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
     baked.save(out, force=replace)
     return baked
 

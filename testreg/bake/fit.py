@@ -63,7 +63,7 @@ def fit(model: nn.Module, plan: RegisterPlan, images: Inputs) -> Tensor:
     tower = find_tower(model)
     assert plan.state is not None
     for block, row in plan.neurons.items():
-        tower.downs[block].weight[:, list(row)] = 0
+        parts(tower, block).down.weight[:, list(row)] = 0
     oven = _Oven(model, tower, plan, images)
     if plan.entry == 0 and tower.seed is None:
         return plan.state  # nobody is to be kept from seeing them
@@ -74,8 +74,9 @@ def fit(model: nn.Module, plan: RegisterPlan, images: Inputs) -> Tensor:
         start = oven.start(range(writer + 1), states) * norms / tower.channels**0.5
         oven.state = start[kinds]
     else:
-        held = oven.start(range(1), states, tower.seed)
-        oven.state = tower.seed(held)[kinds]
+        seed: Any = tower.seed
+        held = oven.start(range(1), states, seed)
+        oven.state = seed(held)[kinds]
         if writer:  # the norm keeps the start short, so the first block makes it long
             start = oven.start(range(1, writer + 1), states) * SURPLUS * norms / tower.channels**0.5
             oven.write(0, start, kinds)
@@ -155,7 +156,8 @@ class _Oven:
                 part.up.weight[neuron], part.up.bias[neuron] = 0, 1
             with _Tap() as tap:
                 tap.input(block, part.down)
-                self.tower.blocks[block].mlp(inside)
+                mlp: Any = self.tower.blocks[block].mlp
+                mlp(inside)
             fired = tap.seen[block][:, neuron]
             part.down.weight[:, neuron] = algebra.column(targets[kind] - now[mine].mean(0), fired, part.scale2)
 
@@ -176,7 +178,7 @@ class _Oven:
         effect[list(self.plan.neurons.get(block, ()))] = torch.inf
         least = effect.argsort()[: count - len(free)]
         # Their mean contribution stays, in the bias.
-        part.down.bias += part.down.weight[:, least] @ activation[:, least].mean(0)
+        part.down.bias.add_(part.down.weight[:, least] @ activation[:, least].mean(0))
         part.down.weight[:, least] = 0
         return (*free, *least.tolist())
 

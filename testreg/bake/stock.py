@@ -63,7 +63,7 @@ def to_transformers(model: nn.Module, tower: Tower, registers: Tensor) -> Any:
         model, tower_path, name = tower.module, "", "Dinov2WithRegistersModel"
     else:
         tower_path = tower.path
-    config = tower.module.config.to_dict()
+    config: dict[str, Any] = reach(tower.module, "config").to_dict()
     for gone in ("model_type", "architectures", "stage_names", "use_mask_token", "transformers_version"):
         config.pop(gone, None)
     if "Backbone" not in name:
