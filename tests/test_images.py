@@ -692,8 +692,9 @@ def test_errors_with_workers_are_the_same_errors(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_ends_at_once(workers):
     program = f"""
-        import time, numpy as np, torch
+        import signal, time, numpy as np, torch
         from testreg.images import stream
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         def slow(image):
             print("going", flush=True)
             time.sleep(60)
