@@ -249,3 +249,6 @@ def _print_json(values: Any) -> None:
 
 def _say(*parts: str) -> None:
     click.echo("\n".join(part for part in parts if part))
+
+
+from . import cli_judging  # noqa: E402, F401 - adds its commands to `main`

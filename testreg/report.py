@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import charts
+from .errors import BadPlan
 from .families import find_tower
 from .images import stream
 from .inspection import Inspection, inspect
@@ -103,21 +104,25 @@ def report(
     block = clearest_block(before.views)
     named = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     environment = Environment(loader=PackageLoader("testreg"), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("report.html").render(
-        title=named,
-        verdict=verdict(found, before, after, plan),
-        numbers=_numbers(found, before, after, block),
-        block=block,
-        blocks=_blocks(before, after, found.threshold.times),
-        norms_chart=Markup(_norms_chart(before, after)),
-        histogram=Markup(_histogram(before, after, block, found.threshold.times)),
-        gallery=_gallery(pictures, before, after, block),
-        attention="Class-token attention" if find_tower(model).prefix else "Attention that each patch receives",
-        plan=None if plan is None else plan.to_dict(),
-        plan_text="" if plan is None else str(plan),
-        images=len(before.views),
-        threshold=str(found.threshold),
-    )
+    page = {
+        "title": named,
+        "verdict": verdict(found, before, after, plan),
+        "numbers": _numbers(found, before, after, block),
+        "block": block,
+        "blocks": _blocks(before, after, found.threshold.times),
+        "norms_chart": Markup(_norms_chart(before, after)),
+        "histogram": Markup(_histogram(before, after, block, found.threshold.times)),
+        "gallery": _gallery(pictures, before, after, block),
+        "attention": "Class-token attention" if find_tower(model).prefix else "Attention that each patch receives",
+        "plan": None if plan is None else plan.to_dict(),
+        "plan_text": "" if plan is None else str(plan),
+        "images": len(before.views),
+        "threshold": str(found.threshold),
+    }
+    try:
+        return environment.get_template("report.html").render(page)
+    except (TypeError, ValueError, UndefinedError) as error:  # all but the provenance is made above
+        raise BadPlan(f"the plan's provenance is not of the form that testreg writes: {error}") from error
 
 
 def verdict(found: Inspection, before: Side, after: Side | None, plan: RegisterPlan | None) -> str:
@@ -162,7 +167,7 @@ def _numbers(found: Inspection, before: Side, after: Side | None, block: int) ->
         return f"{float((side.ratios(block) > found.threshold.times).float().mean()):.2%}"
 
     def largest(side: Side) -> str:
-        return f"{float(side.ratios(block).max()):.1f} ×"
+        return f"{float(side.ratios(block).max()):.1f}×"
 
     def most_attention(side: Side) -> str:
         return f"{float(torch.stack([view.attention.max() for view in side.views]).mean()):.1%}"
@@ -229,7 +234,8 @@ def _gallery(photos: list[Tensor], before: Side, after: Side | None, block: int)
             maps["attention"].append(_png(colormaps["inferno"]((attention / attention.max()).numpy())))
             maps["pca"].append(_png(_colours(side.features[index], basis)))
             notes["norms"].append(f"largest {float(norms.max()):.3g}, median {float(norms.median()):.3g}")
-            notes["attention"].append(f"largest {float(attention.max()):.1%}, registers {view.registers:.0%}")
+            registers = f", registers {view.registers:.0%}" if side is after else ""
+            notes["attention"].append(f"largest {float(attention.max()):.1%}{registers}")
             notes["pca"].append("first three components")
         ratio = f"{photo.shape[1]} / {photo.shape[0]}"
         rows.append({"photo": _jpeg(photo), "ratio": ratio, "maps": maps, "notes": notes})

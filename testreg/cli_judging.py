@@ -1,0 +1,128 @@
+"""The commands that judge: `evaluate` and `report`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli import _load, _print_json, _say, as_json, loading, main
+from .errors import TestregError
+
+TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", type=click.Path(), required=True, help="A folder of photos with the labels of the task.")
+@click.option("--task", type=click.Choice(TASKS), required=True, help="What to measure.")
+@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
+@click.option("--against", multiple=True, help="Another checkpoint to compare with, as it is; may be given again.")
+@click.option(
+    "--baselines/--no-baselines", default=True, help="Judge the baselines of the protocol too.", show_default=True
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos.")
+@click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
+@click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
+@click.option("--sweep", is_flag=True, help="With discovery: also other blocks, features and biases, reported apart.")
+@click.option("--out", multiple=True, type=click.Path(path_type=Path), help="Write the table here, as .json or .csv.")
+@loading
+@as_json
+def evaluate(
+    model: str,
+    data: str,
+    task: str,
+    plan_file: str | None,
+    against: tuple[str, ...],
+    baselines: bool,
+    limit: int | None,
+    out: tuple[Path, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure MODEL without and with its registers, beside the baselines that tell what an effect is due to.
+
+    \b
+    outliers, sinks, agreement   any photos
+    discovery                    photos with COCO JSON or VOC XML boxes
+    attention, probe             photos with masks of the same names in a folder masks
+    classify                     one folder of photos per class
+
+    MODEL is a patched checkpoint, or any other with --plan. Intervals hold 95 % and come from the same photos.
+    """
+    from . import RegisterPlan
+    from . import inspect as look
+    from .evaluate import evaluate as judge
+    from .labels import photos as photos_of
+    from .patch import active
+
+    settings = {name: given[name] for name in ("side", "sweep") if given[name]}
+    if given["foreground"]:
+        settings["foreground"] = _values(given["foreground"])
+    plan = RegisterPlan.load(plan_file) if plan_file else None
+    loaded = _load(model, given, patched=True)
+    table = judge(
+        loaded,
+        data,
+        _task(task, settings),
+        plan=plan,
+        against={name: _load(name, given, patched=True) for name in against},
+        baselines=baselines,
+        limit=limit,
+        progress=sys.stderr.isatty(),
+    )
+    for path in out:
+        try:
+            table.save(path)
+        except OSError as error:
+            raise TestregError(f"{path} cannot be written: {error}") from error
+    if as_json:
+        return _print_json(table.to_dict())
+    if not plan and not active(loaded):
+        photos = [sample.path for sample in photos_of(data)[: limit or 64]]
+        _say(look(loaded, photos).verdict, "")
+    _say(f"{data}, {table.provenance['images']} photos", str(table), *(f"Table in {path}." for path in out))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--images", type=click.Path(), required=True, help="A folder of photos.")
+@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
+@click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Use only the first photos.")
+@loading
+@as_json
+def report(model: str, images: str, plan_file: str | None, out: Path, limit: int, as_json: bool, **given: Any) -> None:
+    """Show MODEL before and after on one HTML page that loads nothing from outside."""
+    from . import RegisterPlan
+    from .report import report as write
+    from .report import save
+
+    plan = RegisterPlan.load(plan_file) if plan_file else None
+    page = write(_load(model, given, patched=True), images, plan=plan, most=limit)
+    try:
+        save(page, out)
+    except OSError as error:
+        raise TestregError(f"{out} cannot be written: {error}") from error
+    if as_json:
+        return _print_json({"report": str(out)})
+    _say(f"Report in {out}.")
+
+
+def _task(name: str, settings: dict[str, Any]) -> Any:
+    from .tasks import TASKS
+
+    foreign = sorted(settings.keys() - {field.name for field in fields(TASKS[name])})
+    if foreign:
+        raise click.UsageError(f"the task {name} does not take {' and '.join(f'--{key}' for key in foreign)}.")
+    return TASKS[name](**settings)
+
+
+def _values(text: str) -> range:
+    first, _, last = text.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise click.BadParameter(f"{text!r} is not of the form FIRST-LAST, as in 1-90.", param_hint="--foreground")
+    return range(int(first), int(last or first) + 1)
