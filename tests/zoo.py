@@ -190,7 +190,7 @@ NECK = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
 WRAPPED = {"embed_dim": CHANNELS, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": PATCH}
 
 
-def _vision(package: str, name: str, inputs: Any) -> Tiny:
+def _vision(package: str, name: str, inputs: Any, other: Any = ()) -> Tiny:
     """A vision tower that transformers does not export."""
     module = f"transformers.models.{package}.modeling_{package}"
     return Tiny(
@@ -198,6 +198,7 @@ def _vision(package: str, name: str, inputs: Any) -> Tiny:
             getattr(importlib.import_module(module), f"{name}VisionConfig")(**VISION)
         ),
         inputs,
+        other,
     )
 
 
@@ -280,6 +281,11 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
             "DPTForDepthEstimation", "DPTConfig", **NECK, num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3]
         ),
     },
+    "pixio": {"PixioModel": _dinov2("PixioModel", "PixioConfig", n_cls_tokens=3)},
+    "tips-v2": {
+        "Tipsv2VisionModel": _dinov2("Tipsv2VisionModel", "Tipsv2VisionConfig", num_register_tokens=2),
+        "Tipsv2VisionModel-SwiGLU": _dinov2("Tipsv2VisionModel", "Tipsv2VisionConfig", use_swiglu_ffn=True),
+    },
     "clip": {
         "CLIPVisionModel": _tiny("CLIPVisionModel", "CLIPVisionConfig", other=INTERPOLATED),
         "CLIPVisionModelWithProjection": _tiny(
@@ -325,6 +331,7 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
     },
     "mlcd": {"MLCDVisionModel": _tiny("MLCDVisionModel", "MLCDVisionConfig")},
     "git": {"GitVisionModel": _tiny("GitVisionModel", "GitVisionConfig", other=INTERPOLATED)},
+    "kosmos-2": {"Kosmos2VisionTransformer": _vision("kosmos2", "Kosmos2", images(), INTERPOLATED)},
     "siglip": {
         "SiglipVisionModel": _tiny("SiglipVisionModel", "SiglipVisionConfig", other=INTERPOLATED),
         "SiglipVisionModel-no-head": _tiny("SiglipVisionModel", "SiglipVisionConfig", vision_use_head=False),
@@ -332,6 +339,15 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         "SiglipForImageClassification": _two_towers(
             "SiglipForImageClassification", "SiglipConfig", inputs=images(), num_labels=5
         ),
+    },
+    "janus": {
+        "JanusVisionModel": Tiny(
+            lambda: hf.JanusVisionModel(
+                hf.JanusVisionConfig(**{**VISION, "mlp_ratio": 1.5, "projection_dim": CHANNELS, "depth": 1})
+            ),
+            images(),
+            INTERPOLATED,
+        )
     },
     "siglip2": {
         "Siglip2VisionModel": _tiny("Siglip2VisionModel", "Siglip2VisionConfig", padded, num_patches=16),
