@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,24 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars and transformers', in logs and pipes
-        try:
-            return super().invoke(context)
-        except TestregError as error:
-            if context.params.get("debug"):
-                raise
-            click.echo(f"testreg: {error}", err=True)
-            raise SystemExit(next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1)) from None
+        with _processes() as leads:
+            try:
+                return super().invoke(context)
+            except TestregError as error:
+                if context.params.get("debug"):
+                    raise
+                if leads or type(error).__name__ == "Lost":  # all processes end in the same error: one says it
+                    click.echo(f"testreg: {error}", err=True)
+                raise SystemExit(next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1)) from None
+
+
+def _processes() -> AbstractContextManager[bool]:
+    """Whether this process is the first of those that torchrun or accelerate started, or the only one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return nullcontext(True)
+    from .parallel import launched
+
+    return launched()
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -117,8 +129,10 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 @as_json
 def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Find the register neurons of MODEL and the registers that take their place."""
+    from .parallel import leads
+
     plan = _find(_load(model, given), given, force=force)
-    if out:
+    if out and leads():
         plan.save(out)
     if as_json:
         return _print_json(plan.to_dict())
@@ -193,13 +207,15 @@ def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force:
     from . import inspect, save
     from . import patch as install
     from .checkpoint import free
+    from .parallel import leads
 
     free(out, model, force)
     plan = plan or _find(model, given, force=force)
     with install(model, plan):
         threshold = plan.provenance.get("artefact", {}).get("norm")
         after = inspect(model, given["images"], threshold=threshold, **_running(given))
-        save(model, out, force=force)
+        if leads():
+            save(model, out, force=force)
     if as_json:
         _print_json({"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()})
         return plan
@@ -231,7 +247,13 @@ def _find(model: Any, given: Mapping[str, Any], *, force: bool) -> Any:
 
 
 def _running(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"batch_size": given["batch_size"], "workers": given["workers"], "progress": sys.stderr.isatty()}
+    from .parallel import leads
+
+    return {
+        "batch_size": given["batch_size"],
+        "workers": given["workers"],
+        "progress": leads() and sys.stderr.isatty(),
+    }
 
 
 def _blocks(text: str | None) -> tuple[int, int] | None:

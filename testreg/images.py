@@ -46,6 +46,7 @@ def stream(
     model: Any = None,
     batch_size: int = 16,
     workers: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> ImageStream:
     """Batches of `images`, made when they are iterated over.
 
@@ -63,6 +64,8 @@ def stream(
         model: whose own processor to use where none is given (see `processor_for`).
         batch_size: images per batch, at least 1; fewer at the end, and where images come in several shapes.
         workers: processes that decode and process; 0 = this one. The batches are the same.
+        share: which of how many shares, from 0: batches of the images are dealt out in turn, all of them read by their
+            own share only, as far as they are files. A share may be empty.
 
     Every image becomes upright (EXIF rotation applied) 8-bit RGB before it is processed: transparent pixels show white,
     16-bit values are scaled, of animations the first frame counts.
@@ -85,7 +88,7 @@ def stream(
     processor = getattr(processor, "image_processor", processor)
     if processor is not None and not callable(processor):
         raise BadImages(f"{type(processor).__name__} is no image processor: a callable is needed.")
-    return ImageStream(images, processor, batch_size, workers, missing)
+    return ImageStream(images, processor, batch_size, workers, missing, share)
 
 
 def processor_for(model: Any) -> Any:
@@ -124,13 +127,20 @@ class ImageStream:
     """
 
     def __init__(
-        self, images: Any, processor: Callable[..., Any] | None, batch_size: int, workers: int, missing: str = ""
+        self,
+        images: Any,
+        processor: Callable[..., Any] | None,
+        batch_size: int,
+        workers: int,
+        missing: str = "",
+        share: tuple[int, int] = (0, 1),
     ):
         self.source = sources.Source(images)
         self.processor, self.batch_size, self.workers = processor, batch_size, workers
         self.skipped: list[tuple[str, str]] = []
         self.count = 0
         self._missing = missing
+        self._share, self._shares = share
 
     @property
     def ignored(self) -> int:
@@ -158,8 +168,8 @@ class ImageStream:
                 yield self._batch(groups.pop(fullest))
         for group in groups.values():
             yield self._batch(group)
-        if not self.count:
-            raise BadImages(self._nothing())
+        if not self.count and self._shares == 1:
+            raise BadImages(self.nothing())
 
     def _prepared(self) -> Iterator[_Prepared]:
         # What a sampler yields goes to dataset[...] in a worker, in order: so the sampler yields the images themselves,
@@ -178,7 +188,9 @@ class ImageStream:
             yield image
 
     def _items(self) -> Iterator[sources.Item]:
-        for item in self.source:
+        for index, item in enumerate(self.source):
+            if index // self.batch_size % self._shares != self._share:
+                continue  # whole batches, so that every image has the neighbours that it has with one share
             if self.processor is None and not isinstance(item.value, (dict, str)):
                 raise BadImages(f"{item.name} needs an image processor, and there is none: {self._missing}.")
             yield item
@@ -189,7 +201,8 @@ class ImageStream:
         inputs = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}  # (1, ...) x images -> (images, ...)
         return Batch(inputs, tuple(image.text for image in group))
 
-    def _nothing(self) -> str:
+    def nothing(self) -> str:
+        """Why there is no image among those given."""
         images = self.source.images
         given = images if isinstance(images, (str, os.PathLike)) else f"the {type(images).__name__} given"
         broken = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:3])

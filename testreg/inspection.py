@@ -12,8 +12,8 @@ from .detect import Artefact, artefact, check_norm, chosen, largest_ratio, table
 from .families import find_tower
 from .images import stream
 from .metrics.outliers import BlockNorms
-from .scan import scan
-from .search import Seen, quiet
+from .parallel import share, shared
+from .search import Counted, count, quiet, total
 from .trial import Threshold
 
 
@@ -83,9 +83,13 @@ def inspect(
     """
     tower = find_tower(model)
     check_norm(threshold)
-    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers)
+    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
+
+    def decide(parts: list[Counted]) -> Inspection:
+        norms = total(parts, batches).norms
+        limit = chosen(norms, threshold)
+        ratios = tuple(largest_ratio(norms).tolist())
+        return Inspection(table(norms, limit), ratios, limit, artefact(norms, limit), norms.images, tower.family)
+
     with quiet(model):
-        norms, _ = scan(model, tower, Seen(batches, progress), size=1)
-    limit = chosen(norms, threshold)
-    ratios = tuple(largest_ratio(norms).tolist())
-    return Inspection(table(norms, limit), ratios, limit, artefact(norms, limit), norms.images, tower.family)
+        return shared(lambda: count(model, tower, batches, progress, size=1), decide)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -19,13 +21,13 @@ from .detect import Artefact, artefact, check_norm, chosen, largest_ratio, table
 from .errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from .families import Tower, find_tower
 from .images import Batch, ImageStream, stream
+from .parallel import share, shared
 from .patch import active
 from .plan import MOST_REGISTERS, RegisterPlan
-from .scan import Kept, Norms, Sample, scan
+from .scan import SAMPLE, Kept, Norms, Sample, scan
 from .trial import Bench, Score, Threshold
 
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
-RANKED, TRIED = 16, 16  # images at most; the guard has the rest of the sample
 # What the guard allows, on images that no choice was made on:
 MOST_LEFT = 0.05  # of the outliers
 LEAST_COSINE, LEAST_FEATURES = 0.97, 0.95
@@ -84,10 +86,11 @@ def find(
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe)
     _check(wanted, tower)
-    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers)
-    with quiet(model):
-        seen = Seen(batches, progress)
-        norms, sample = scan(model, tower, seen)
+    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
+
+    def decide(parts: list[Counted]) -> RegisterPlan:
+        counted = total(parts, batches)
+        norms, sample = counted.norms, counted.sample
         if len(sample) < FEWEST:
             raise BadImages(
                 f"{len(sample)} different images are too few: at least {FEWEST} are needed, 16 to 64 are best."
@@ -101,30 +104,33 @@ def find(
             plan = search.best()
         guard = Bench(model, tower, held, found.threshold, found.block, batch_size)
         score = guard.score(plan)
-    if not force:
-        _refuse_harm(plan, score, guard.before)
-    provenance = {
-        "base": describe(model),
-        "images": {"count": norms.images, "skipped": len(batches.skipped), "digest": seen.digest},
-        "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-        "resolution": list(next(iter(sample)).inputs["pixel_values"].shape[-2:]),
-        "artefact": {**asdict(found), "threshold": str(found.threshold)},
-        "blocks": [asdict(row) for row in table(norms, found.threshold)],
-        "outliers_per_image": search.ranking.per_image,
-        "positions": list(search.ranking.positions),
-        "candidates": [asdict(candidate) for candidate in search.candidates[:32]],
-        "trials": [{**trial.summary(), "chosen": trial.plan is plan} for trial in search.trials],
-        "before": {"outlier_patches": guard.before},
-        "after": {"outlier_patches": score.left},
-        "guard": {**asdict(score), "images": len(held)},
-        "wanted": {key: value for key, value in asdict(wanted).items() if value is not None},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    return replace(plan, provenance=provenance)
+        if not force:
+            _refuse_harm(plan, score, guard.before)
+        provenance = {
+            "base": describe(model),
+            "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
+            "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
+            "resolution": list(next(iter(sample)).inputs["pixel_values"].shape[-2:]),
+            "artefact": {**asdict(found), "threshold": str(found.threshold)},
+            "blocks": [asdict(row) for row in table(norms, found.threshold)],
+            "outliers_per_image": search.ranking.per_image,
+            "positions": list(search.ranking.positions),
+            "candidates": [asdict(candidate) for candidate in search.candidates[:32]],
+            "trials": [{**trial.summary(), "chosen": trial.plan is plan} for trial in search.trials],
+            "before": {"outlier_patches": guard.before},
+            "after": {"outlier_patches": score.left},
+            "guard": {**asdict(score), "images": len(held)},
+            "wanted": {key: value for key, value in asdict(wanted).items() if value is not None},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        return replace(plan, provenance=provenance)
+
+    with quiet(model):
+        return shared(lambda: count(model, tower, batches, progress), decide)
 
 
 def located(norms: Norms, threshold: Threshold) -> Artefact:
@@ -162,25 +168,63 @@ def split(sample: Sample, found: Artefact) -> tuple[list[Kept], list[Kept], list
             f"rank neurons, to try plans, and for the guard. Give more images."
         )
     ranked, tried, held = (images[hand::3] for hand in range(3))
-    return ranked[:RANKED], tried[:TRIED], held + ranked[RANKED:] + tried[TRIED:]
+    return ranked, tried, held
 
 
-class Seen:
-    """Batches on their way to the model, counted in a progress bar; `digest` names all images, in whatever order."""
+@dataclass(frozen=True)
+class Counted:
+    """What a share of the images does in the model.
 
-    def __init__(self, batches: ImageStream, progress: bool):
-        self.batches, self.progress, self._total = batches, progress, 0
+    Attributes:
+        skipped: how many images were broken.
+        names: the sum of all digests.
+    """
 
-    def __iter__(self) -> Iterator[Batch]:
-        with tqdm(total=self.batches.expected, desc="images", unit="", disable=not self.progress) as bar:
-            for batch in self.batches:
-                yield batch
-                self._total += sum(int(digest, 16) for digest in batch.digests)
-                bar.update(len(batch))
+    norms: Norms
+    sample: Sample
+    skipped: int
+    names: int
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(
+            self.norms + other.norms,
+            self.sample + other.sample,
+            self.skipped + other.skipped,
+            self.names + other.names,
+        )
 
     @property
     def digest(self) -> str:
-        return f"{self._total % 2**256:064x}"
+        """Names all images, in whatever order and shares."""
+        return f"{self.names % 2**256:064x}"
+
+
+def count(model: nn.Module, tower: Tower, batches: ImageStream, progress: bool, size: int = SAMPLE) -> Counted:
+    """`scan`, with a progress bar."""
+    names = 0
+
+    def counting() -> Iterator[Batch]:
+        nonlocal names
+        with tqdm(total=batches.expected, desc="images", unit="", disable=not progress) as bar:
+            for batch in batches:
+                yield batch
+                names += sum(int(digest, 16) for digest in batch.digests)
+                bar.update(len(batch))
+
+    norms, sample = scan(model, tower, counting(), size)
+    return Counted(norms, sample, len(batches.skipped), names)
+
+
+def total(parts: list[Counted], batches: ImageStream) -> Counted:
+    """All shares of the images together.
+
+    Raises:
+        BadImages: there is no image in any of them.
+    """
+    counted = reduce(add, parts)
+    if not counted.norms.images:
+        raise BadImages(batches.nothing())
+    return counted
 
 
 @contextmanager
