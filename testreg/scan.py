@@ -24,7 +24,7 @@ from .observe import run
 PER_OCTAVE = 32  # histogram bins per factor of two: quantiles are good to 2 %
 LOWEST = -24  # log2 of the lowest bin
 BINS = 48 * PER_OCTAVE
-SAMPLE = 64  # images that are kept, for ranking, trials and guard
+SAMPLE = 48  # images that are kept: a third each for ranking, trials and guard
 PADDING = ("pixel_attention_mask", "patch_attention_mask")  # inputs that say which patches are none
 PATCHES = 256  # patches of a kept image whose features are compared before and after
 

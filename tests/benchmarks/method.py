@@ -127,11 +127,11 @@ def tiny() -> tuple[torch.nn.Module, torch.Tensor, int]:
 
 
 def base() -> tuple[torch.nn.Module, torch.Tensor, int]:
-    """A ViT-B/14 at 518 px with planted outliers, 8 images of noise, batches of 4."""
+    """ViT-B/14 at 518 px with planted outliers, 6 images of noise, batches of 2."""
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(image_size=518, patch_size=14)).eval()
     plant(model, where="corners", neurons=2)
-    return model, torch.randn(8, 3, 518, 518), 4
+    return model, torch.randn(6, 3, 518, 518), 2
 
 
 def plain(model: torch.nn.Module, images: torch.Tensor, batch_size: int) -> None:
@@ -148,51 +148,43 @@ def whole_find(model: torch.nn.Module, images: torch.Tensor, batch_size: int) ->
     testreg.find(model, images, batch_size=batch_size)
 
 
-def measure(setting: Callable[..., Any], arms: list[Callable[..., None]], pipe: Any) -> None:
-    """CPU seconds and wall seconds of the arms, one after the other, and the process's peak memory in MiB."""
+def measure(setting: Callable[..., Any]) -> None:
+    """Print the rows of one setting; plain passes run before and after, and peak memory only grows from arm to arm."""
     torch.set_num_threads(1)
     model, images, batch_size = setting()
     plain(model, images[:batch_size], batch_size)
     rows = []
-    for arm in arms:
+    for arm in (plain, only_scan, whole_find, plain):
         cpu, wall = time.process_time(), time.perf_counter()
         arm(model, images, batch_size)
-        rows.append((time.process_time() - cpu, time.perf_counter() - wall))
-    pipe.send((rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+        rows.append((time.process_time() - cpu, time.perf_counter() - wall, memory))
+    first, scanned, found, last = rows
+    cpu, wall, memory = (first[0] + last[0]) / 2, (first[1] + last[1]) / 2, first[2]
+    print(f"| {setting.__doc__} | plain | {cpu:.1f} s | {wall:.1f} s | {memory:.0f} MiB |")
+    for name, row in (("scan", scanned), ("find", found)):
+        print(f"| | {name} | {row[0] / cpu:.2f} | {row[1] / wall:.2f} | {row[2] / memory:.2f} |", flush=True)
 
 
-def apart(setting: Callable[..., Any], arms: list[Callable[..., None]]) -> Any:
-    """`measure` in a process of its own, since peak memory is a process's."""
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=measure, args=(setting, arms, there))
-    process.start()
-    found = here.recv()
-    process.join()
-    return found
-
-
-def cost() -> None:
-    """Print the table of times and memory; plain passes run before and after, in the same process."""
+def cost(settings: list[str]) -> None:
+    """Print the table of times and memory, each setting in a process of its own, since peak memory is a process's."""
     print("| setting | arm | CPU time, over plain | wall time, over plain | peak memory, over plain |")
-    print("|---|---|---|---|---|")
-    for setting in (tiny, base):
-        (before, scanned, found, after), _ = apart(setting, [plain, only_scan, whole_find, plain])
-        _, memory = apart(setting, [plain])
-        per_pass = [(first + second) / 2 for first, second in zip(before, after, strict=True)]
-        print(
-            f"| {setting.__doc__} | plain | {per_pass[0]:.1f} s | {per_pass[1]:.1f} s | {memory:.0f} MiB |", flush=True
-        )
-        for name, row, arm in (("scan", scanned, only_scan), ("find", found, whole_find)):
-            peak = apart(setting, [arm])[1] / memory
-            print(f"| | {name} | {row[0] / per_pass[0]:.2f} | {row[1] / per_pass[1]:.2f} | {peak:.2f} |", flush=True)
+    print("|---|---|---|---|---|", flush=True)
+    for name in settings:
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(SETTINGS[name],))
+        process.start()
+        process.join()
 
+
+SETTINGS = {"tiny": tiny, "base": base}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("quality", "cost"))
     parser.add_argument("--crops", type=int, default=5, help="of each photo, each also mirrored")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of the costs")
     given = parser.parse_args()
     if given.table == "quality":
         quality(given.crops)
     else:
-        cost()
+        cost(given.settings)
