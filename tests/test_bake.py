@@ -170,7 +170,7 @@ class TestBaked:
     @pytest.mark.parametrize("form", ["constant", "dynamic"])
     def test_of_transformers(self, name, form, tmp_path):
         model, plan = planted(name, form)
-        done = export_stock(model, photos(), tmp_path / "out", plan=plan, library="transformers")
+        export_stock(model, photos(), tmp_path / "out", plan=plan, library="transformers")
         stock = hf.AutoModel if name != "dinov2-classifier" else hf.AutoModelForImageClassification
         loaded = stock.from_pretrained(tmp_path / "out")
         assert type(loaded).__name__.startswith("Dinov2WithRegisters")
@@ -182,7 +182,7 @@ class TestBaked:
         assert cosine_similarity(answer(got), answer(expected)).mean() > 0.999
         with observe(loaded, states=range(BLOCKS)) as seen:
             loaded(fresh)
-        for block in range(done.plan.entry - 1, BLOCKS):
+        for block in range(max(plan.neurons), BLOCKS):
             assert largest(seen.states[block][:, 3 + native :]) < 3
         if name != "dinov2-classifier":
             patches, wanted = got.last_hidden_state[:, 3 + native :], expected.last_hidden_state[:, 1 + native :]
@@ -297,8 +297,8 @@ class TestRefusals:
     def test_outliers_that_stay(self, monkeypatch):
         model, plan = planted("vit")
 
-        def nothing(model, plan, images):
-            return plan.state
+        def nothing(model, neurons, states, images):
+            return states[max(states)]
 
         monkeypatch.setattr(baked, "fit", nothing)
         with pytest.raises(Harmful, match="still outliers"):
@@ -340,9 +340,9 @@ def test_the_real_one_in_a_process_without_testreg(assets, tmp_path):
     processor = hf.AutoImageProcessor.from_pretrained(checkpoint)
     neurons = {6: (59, 189), 7: (417,)}  # method.md, section 2
     calibration = [photos / "images" / name for name in splits["calib"]][:64]
-    pixels = torch.cat([batch.inputs["pixel_values"] for batch in batches(photos, splits["disc_eval"][:60], processor)])
-    with observe(model, states=[7]) as seen, torch.no_grad():
-        run(model, {"pixel_values": pixels[:16]})
+    pixels = read([photos / "images" / name for name in splits["disc_eval"][:60]], processor)
+    with observe(model, states=[7]) as seen:
+        run(model, {"pixel_values": read(calibration[:16], processor)[:16]})
     state = seen.states[7][:, 1:]
     state = state[state.norm(dim=-1) > 100].mean(0)
     plan = RegisterPlan(neurons, 4, entry=8, state=state)

@@ -25,7 +25,7 @@ from ..patch import active, check
 from ..plan import RegisterPlan
 from . import stock
 from .drift import Drift, measure
-from .fit import constant, fit, slots
+from .fit import fit, slots, trajectory
 
 CALIBRATION, HELD_OUT = 32, 64  # images that weights are fitted to, and others that the result is measured on
 FEWEST = 8
@@ -40,7 +40,7 @@ class Baked:
     Attributes:
         model: a copy with edited weights, in its own architecture, which still lacks the register slots.
         registers: what the slots hold `(registers, channels)`.
-        plan: what is baked: the plan, with its registers joining late.
+        plan: what is baked.
         library: who has the stock architecture, "transformers" or "timm".
         drift: measured on held-out images.
     """
@@ -146,8 +146,8 @@ def bake(
 
     Args:
         model: a ViT, DeiT, CLIP, SigLIP or DINOv2 of transformers, alone or under a head. A patch on it is left out.
-        plan: dynamic or constant. Registers that join early, or that neurons still fill, are baked as what they are
-            behind the last register neuron.
+        plan: dynamic or constant. Where registers fire register neurons themselves, their mean state after each such
+            block is baked, which for dynamic ones takes the place of what the image says.
         images: at least 8 different ones, unlabelled; see `testreg.images.stream`. Every other one is held out, and the
             first 32 and 64 of the two halves are used.
         processor: by default the one that lies with the checkpoint.
@@ -171,17 +171,17 @@ def bake(
     original = copy.deepcopy(model).eval().float()
     while (acting := active(original)) is not None:
         acting.remove()
-    late = constant(original, plan, calibration)
+    states = trajectory(original, plan, calibration)
     baked = copy.deepcopy(original)
-    registers = fit(baked, late, calibration)
+    registers = fit(baked, plan.neurons, states, calibration)
     seed: Any = find_tower(baked).seed
     with torch.no_grad():
         joined = registers if seed is None else seed(registers)
-    drift = measure(original, plan, baked, slots(joined), held_out, max(late.entry - 1, 0))
+    drift = measure(original, plan, baked, slots(joined), held_out, max(max(states), 0))
     if not force:
         _judge(drift)
     dtype = next(model.parameters()).dtype
-    return Baked(baked.to(dtype), registers.to(dtype), late, library, drift, processor or _processor(model))
+    return Baked(baked.to(dtype), registers.to(dtype), plan, library, drift, processor or _processor(model))
 
 
 def export_stock(

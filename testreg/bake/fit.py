@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,27 +30,45 @@ def slots(start: Tensor) -> RegisterPlan:
 
 
 @torch.no_grad()
-def constant(model: nn.Module, plan: RegisterPlan, images: Inputs) -> RegisterPlan:
-    """The plan whose registers join behind its last register neuron, holding the mean states that they have there."""
-    last = min(max(plan.neurons, default=0), len(find_tower(model).blocks) - 2)
-    if plan.state is not None and plan.entry > last:
-        return plan
-    total, count = torch.zeros(()), 0
-    with patch(model, plan) as acting, acting.recording() as record:
-        for inputs in images:
-            run(model, inputs)
-            state = record.registers[last].float()  # (batch, registers, channels)
-            total, count = total + state.sum(0), count + len(state)
-    return RegisterPlan(plan.neurons, plan.registers, last + 1, total / count, plan.provenance)
+def trajectory(model: nn.Module, plan: RegisterPlan, images: Inputs) -> dict[int, Tensor]:
+    """What weights have to make of the registers: block -> their mean states after it `(registers, channels)`.
+
+    Where they join, if they have a state then, and after every block whose register neurons they fire themselves. The
+    last of them is what the patch leaves; before it, the norm of a state matters to no one, as all readers have a
+    LayerNorm in front, so it is made as large as the last one's: what the image adds to a register is small beside it.
+    """
+    tower = find_tower(model)
+    filled = {block for block in plan.neurons if block >= plan.entry and block < len(tower.blocks) - 1}
+    states = {}
+    if plan.state is not None:
+        if plan.entry == 0 and tower.seed is not None:
+            filled.add(0)  # no slot can hold it in front of the norm
+        else:
+            states[plan.entry - 1] = plan.state
+    if filled:
+        with patch(model, plan) as acting, acting.recording() as record:
+            count = 0
+            for inputs in images:
+                run(model, inputs)
+                count += len(record.registers[min(filled)])
+                for block in filled:
+                    states[block] = states.get(block, 0) + record.registers[block].float().sum(0)
+        states |= {block: states[block] / count for block in filled}
+    last = states[max(states)].norm(dim=-1, keepdim=True)
+    return {
+        block: state if block == max(states) or block < 0 else state * (last / state.norm(dim=-1, keepdim=True))
+        for block, state in sorted(states.items())
+    }
 
 
 @torch.no_grad()
-def fit(model: nn.Module, plan: RegisterPlan, images: Inputs) -> Tensor:
-    """Edit the weights of `model` so that registers which are there from the embeddings on do what `plan` does.
+def fit(model: nn.Module, neurons: Mapping[int, tuple[int, ...]], states: dict[int, Tensor], images: Inputs) -> Tensor:
+    """Edit the weights of `model` so that registers which are there from the embeddings on follow `states`.
 
     Args:
         model: in float32 and without a patch; changed in place.
-        plan: of the constant form.
+        neurons: block -> register neurons, which are switched off.
+        states: what `trajectory` gives.
         images: processed inputs, by batches.
 
     Returns:
@@ -61,27 +79,27 @@ def fit(model: nn.Module, plan: RegisterPlan, images: Inputs) -> Tensor:
         Harmful: a register cannot be told from the other tokens.
     """
     tower = find_tower(model)
-    assert plan.state is not None
-    for block, row in plan.neurons.items():
+    for block, row in neurons.items():
         parts(tower, block).down.weight[:, list(row)] = 0
-    oven = _Oven(model, tower, plan, images)
-    if plan.entry == 0 and tower.seed is None:
-        return plan.state  # nobody is to be kept from seeing them
-    states, kinds = _kinds(plan.state)
-    writer = max(plan.entry - 1, 0)
-    norms = states.norm(dim=-1, keepdim=True)
-    if tower.seed is None:
-        start = oven.start(range(writer + 1), states) * norms / tower.channels**0.5
+    kinds, firsts = _kinds(torch.cat(list(states.values()), dim=-1))
+    targets = {block: state[firsts] for block, state in states.items()}  # (kinds, channels)
+    oven = _Oven(model, tower, neurons, kinds, images)
+    first, last = min(targets), targets[max(targets)]
+    norms = last.norm(dim=-1, keepdim=True)
+    if first < 0:  # nobody is to be kept from seeing them
+        start = targets.pop(first)
+        oven.state = start[kinds]
+    elif tower.seed is None:
+        start = oven.start(range(first + 1), last) * norms / tower.channels**0.5
         oven.state = start[kinds]
     else:
         seed: Any = tower.seed
-        held = oven.start(range(1), states, seed)
-        oven.state = seed(held)[kinds]
-        if writer:  # the norm keeps the start short, so the first block makes it long
-            start = oven.start(range(1, writer + 1), states) * SURPLUS * norms / tower.channels**0.5
-            oven.write(0, start, kinds)
-        start = held
-    oven.write(writer, states, kinds)
+        start = oven.start(range(1), last, seed)
+        oven.state = seed(start)[kinds]
+        if first:  # the norm keeps the start short, so the first block makes it long
+            oven.write(0, oven.start(range(1, first + 1), last) * SURPLUS * norms / tower.channels**0.5)
+    for block, target in targets.items():
+        oven.write(block, target)
     return start[kinds]
 
 
@@ -89,7 +107,8 @@ def fit(model: nn.Module, plan: RegisterPlan, images: Inputs) -> Tensor:
 class _Oven:
     model: nn.Module
     tower: Tower
-    plan: RegisterPlan
+    neurons: Mapping[int, tuple[int, ...]]
+    kinds: Tensor  # of each register, `(registers,)`
     images: Inputs
     state: Tensor = field(init=False)  # of the registers in front of block 0, `(registers, channels)`
 
@@ -103,7 +122,7 @@ class _Oven:
         found = states[:0]
         for state in states:
             begin = algebra.direction(state)
-            vector = algebra.repel(odds, self.plan.registers, begin, avoid=found, through=through)
+            vector = algebra.repel(odds, len(self.kinds), begin, avoid=found, through=through)
             found = torch.cat([found, vector[None]])
         return found
 
@@ -125,9 +144,9 @@ class _Oven:
                 )
         return algebra.Odds(torch.cat([one.slopes for one in found]), torch.cat([one.offsets for one in found]))
 
-    def write(self, block: int, targets: Tensor, kinds: Tensor) -> None:
+    def write(self, block: int, targets: Tensor) -> None:
         """Let the MLP of `block` bring the registers to `targets` `(kinds, channels)`."""
-        part = parts(self.tower, block)
+        kinds, part = self.kinds, parts(self.tower, block)
         neurons = self._free(block, len(targets))
         with patch(self.model, slots(self.state)) as acting, acting.recording() as record:
             inputs, after = [], []
@@ -163,7 +182,7 @@ class _Oven:
 
     def _free(self, block: int, count: int) -> tuple[int, ...]:
         """Neurons to rewrite: the block's register neurons, which are off now; then those that matter least."""
-        part, free = parts(self.tower, block), self.plan.neurons.get(block, ())[:count]
+        part, free = parts(self.tower, block), self.neurons.get(block, ())[:count]
         if len(free) == count:
             return free
         with _Tap() as tap:
@@ -175,7 +194,7 @@ class _Oven:
         activation = torch.cat(activations)  # (images * tokens, neurons)
         columns = part.down.weight if part.scale2 is None else part.down.weight * part.scale2[:, None]
         effect = activation.std(0) * columns.norm(dim=0)
-        effect[list(self.plan.neurons.get(block, ()))] = torch.inf
+        effect[list(self.neurons.get(block, ()))] = torch.inf
         least = effect.argsort()[: count - len(free)]
         # Their mean contribution stays, in the bias.
         part.down.bias.add_(part.down.weight[:, least] @ activation[:, least].mean(0))
@@ -205,10 +224,10 @@ class _Tap:
 
 
 def _kinds(states: Tensor) -> tuple[Tensor, Tensor]:
-    """The different ones among register states `(kinds, channels)`, and which each register has `(registers,)`."""
+    """Which kind each of the registers is `(registers,)`, by their states, and the first of each kind `(kinds,)`."""
     near = torch.cdist(states, states) < SAME * states.norm(dim=-1)
     firsts, kinds = near.int().argmax(-1).unique(return_inverse=True)  # the first register that is alike
-    return states[firsts], kinds
+    return kinds, firsts
 
 
 def _queries(part: Parts, tokens: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
