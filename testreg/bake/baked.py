@@ -154,6 +154,9 @@ def bake(
         library: "transformers" or "timm", where both have the architecture.
         force: return a result that drifts too far, instead of raising.
 
+    Returns:
+        The result, on the CPU and in the precision of `model`.
+
     Raises:
         UnsupportedModel: no stock architecture with register slots is like the model.
         BadPlan: the plan does not fit the model, or names no neurons.
@@ -165,10 +168,12 @@ def bake(
     check(tower, plan)
     if not plan.neurons or not plan.registers:
         raise BadPlan("the plan has no register neurons or no registers, so there is nothing to bake: find it first.")
-    if len(tower.blocks) < 2:
-        raise UnsupportedModel(f"{type(tower.module).__name__} has one block only: registers would never be seen.")
+    if plan.state is not None and not plan.state.norm(dim=-1).all():
+        raise BadPlan("a register of the plan holds zeros, which have no direction that weights could write.")
+    if plan.state is None and min(plan.neurons) == len(tower.blocks) - 1:
+        raise BadPlan("the plan's neurons are in the last block only, behind which no token sees a register.")
     calibration, held_out = _halves(model, images, processor, batch_size)
-    original = copy.deepcopy(model).eval().float()
+    original = copy.deepcopy(model).eval().to("cpu", torch.float32)
     while (acting := active(original)) is not None:
         acting.remove()
     states = trajectory(original, plan, calibration)
