@@ -56,7 +56,7 @@ def observe(
             handles.append(_keep_keys(tower, seen, block))
         for block in attentions:
             handles += _keep_attention(tower, seen, block)
-        with _eager(tower.module) if attentions else _unchanged():
+        with eager(tower.module) if attentions else _unchanged():
             yield seen
     finally:
         for handle in handles:
@@ -183,7 +183,8 @@ def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
 
 
 @contextmanager
-def _eager(module: Any) -> Iterator[None]:
+def eager(module: Any) -> Iterator[None]:
+    """The attention implementation that gives maps, inside the `with`."""
     config = getattr(module, "config", None)
     before = getattr(config, "_attn_implementation", None)
     if not hasattr(module, "set_attn_implementation") or before == "eager":
