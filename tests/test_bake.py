@@ -235,6 +235,26 @@ class TestBaked:
         arrived = record.registers[plan.entry - 1].mean(0)
         assert ((arrived - states).norm(dim=-1) < 0.05 * states.norm(dim=-1)).all()
 
+    @pytest.mark.parametrize("name", ["vit", "clip"])
+    def test_registers_go_the_way_of_the_patchs(self, name):
+        torch.manual_seed(0)
+        model = MODELS[name]().eval()
+        found = plant(model, upstream=2, decoys=False)
+        plan = RegisterPlan(found.upstream | found.neurons, 2)  # dynamic: they fire in two blocks
+        done = bake(model, plan, photos())
+        fresh = {"pixel_values": photos(80)[64:]}
+        seed = find_tower(done.model).seed
+        joined = done.registers if seed is None else seed(done.registers).detach()
+        went = []
+        for one, following in ((model, plan), (done.model, fit.slots(joined))):
+            with testreg.patch(one, following) as acting, acting.recording() as record:
+                run(one, fresh)
+            went.append(record.registers)
+        for block in plan.neurons:
+            assert cosine_similarity(went[0][block], went[1][block], dim=-1).mean() > 0.98
+        last = max(plan.neurons)
+        assert went[1][last].norm(dim=-1).mean() == pytest.approx(float(went[0][last].norm(dim=-1).mean()), rel=0.02)
+
     def test_a_half_precision_model_stays_so(self):
         model, plan = planted("vit")
         done = bake(model.half(), plan, photos())
@@ -280,6 +300,13 @@ class TestRefusals:
         model, _ = planted("vit")
         with pytest.raises(BadPlan, match="nothing to bake"):
             bake(model, RegisterPlan({}), photos(8))
+
+    def test_registers_that_hold_nothing_or_come_too_late(self):
+        model, plan = planted("vit")
+        with pytest.raises(BadPlan, match="zeros"):
+            bake(model, RegisterPlan(plan.neurons, 1, plan.entry, torch.zeros(CHANNELS)), photos(8))
+        with pytest.raises(BadPlan, match="last block"):
+            bake(model, RegisterPlan({BLOCKS - 1: (3,)}), photos(8))
 
     def test_a_model_without_a_patch(self, tmp_path):
         model, _ = planted("vit")

@@ -18,7 +18,7 @@ from .. import base
 from ..atomic import replacing
 from ..card import front_matter
 from ..checkpoint import free, load, load_base, source_files
-from ..errors import BadCheckpoint, BadImages, BadPlan, Harmful, UnsupportedModel
+from ..errors import BadCheckpoint, BadImages, BadPlan, Harmful
 from ..families import find_tower
 from ..images import processor_for, stream
 from ..patch import active, check
