@@ -120,8 +120,8 @@ class Patch:
         for index, (block, down, attention) in enumerate(zip(tower.blocks, tower.downs, tower.attentions, strict=True)):
             registers = plan.registers if index >= plan.entry else 0
             if registers:
-                self._replace(block, _Block(self, index, block.forward))
-                self._replace(attention, _Attention(self, index, attention.forward))
+                self._replace(block, _Block(self, index, block))
+                self._replace(attention, _Attention(self, index, attention))
                 bias = reach(block, tower.row.bias)
                 if bias is not None:
                     self._replace(bias, _Bias(registers, bias.forward, inside=bias in list(attention.modules())))
@@ -162,10 +162,10 @@ class _Restore:
 
 
 class _Block:
-    def __init__(self, owner: Patch, index: int, original: Any):
-        self.patch, self.index, self.original = owner, index, original
+    def __init__(self, owner: Patch, index: int, block: nn.Module):
+        self.patch, self.index, self.original = owner, index, block.forward
         self.last = index == len(owner.tower.blocks) - 1
-        self.first = next(iter(inspect.signature(original).parameters))
+        self.first = _names(block)[0]
         state = owner.plan.state
         self.start = _Placed(torch.zeros(owner.plan.registers, owner.tower.channels) if state is None else state)
 
@@ -218,9 +218,9 @@ class _Attention:
     Here rather than at the block, since a block may add position biases of its own to the mask that it is given.
     """
 
-    def __init__(self, owner: Patch, index: int, original: Any):
-        self.patch, self.index, self.original = owner, index, original
-        self.names = list(inspect.signature(original).parameters)
+    def __init__(self, owner: Patch, index: int, attention: nn.Module):
+        self.patch, self.index, self.original = owner, index, attention.forward
+        self.names = _names(attention)
         row, plan = owner.tower.row, owner.plan
         self.masks, self.rope, self.positions = row.masks, row.rope, row.positions
         self.padded = row.padded and plan.state is None and index in plan.neurons
@@ -321,6 +321,11 @@ def check(tower: Tower, plan: RegisterPlan) -> None:
             )
     if plan.state is not None and plan.state.shape[-1] != tower.channels:
         raise misfit(f"{tower.channels} channels", f"the register state has {plan.state.shape[-1]} channels")
+
+
+def _names(module: nn.Module) -> list[str]:
+    """The arguments of its class's `forward`: the instance's own may be somebody's wrapper, which hides them."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _device(module: nn.Module) -> torch.device:

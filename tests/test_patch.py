@@ -462,6 +462,22 @@ def test_a_forward_that_was_replaced_before_comes_back():
     assert block.__dict__["forward"] is own
 
 
+@ONE_PER_FAMILY
+def test_forwards_that_somebody_wrapped_before_are_patched_all_the_same(name):
+    model, inputs = build(name)
+    tower = find_tower(model)
+    with patch(model, DYNAMIC):
+        wanted = run(model, inputs)
+    for module in (*tower.blocks, *tower.attentions):
+        module.forward = _wrapped(module.forward)  # a wrapper that hides the names of the arguments
+    with patch(model, DYNAMIC):
+        assert same(run(model, inputs), wanted)
+
+
+def _wrapped(forward):
+    return lambda *args, **kwargs: forward(*args, **kwargs)
+
+
 # Tracing
 
 ALTERNATING = [(name, index % 2) for index, name in enumerate(TRACED)]
