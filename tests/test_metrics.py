@@ -115,7 +115,7 @@ def test_lost_finds_a_planted_object(data):
     top, left = data.draw(st.integers(0, rows - height)), data.draw(st.integers(0, columns - width))
     features = planted(rows, columns, top, left, height, width, noise=0.01, seed=data.draw(seeds))
     assert metrics.lost(features, bias=-0.4) == (left, top, left + width, top + height)
-    scaled = features * (1 + random(0, rows, columns, 1).abs())  # norms do not count when they are normalised
+    scaled = features * (0.1 + random(0, rows, columns, 1).abs())  # norms do not count when they are normalised
     assert metrics.lost(scaled, bias=-0.4) == (left, top, left + width, top + height)
 
 
@@ -130,11 +130,28 @@ def test_lost_without_normalisation_uses_the_papers_inner_products():
     features[2:4, 3:5] = -1  # of fewer patches alike
     assert metrics.lost(features, bias=None) == (3, 2, 5, 4)
     assert metrics.lost(torch.zeros(3, 4, 2), bias=None) == (0, 0, 1, 1)  # nothing resembles anything
+    lone = torch.zeros(3, 4, 2)
+    lone[1, 2, 0] = 1  # resembles itself, which does not count
+    assert metrics.lost(lone, bias=None) == (0, 0, 1, 1)
 
 
-def test_lost_leaves_few_seeds_to_expand_from():
-    features = planted(20, 20, 0, 0, 12, 12, noise=0)  # 144 patches of the lower degree, of which 100 may join
-    assert metrics.lost(features, bias=-0.4) == (0, 0, 12, 12)
+def voting():
+    """One row: a seed at 0, a long one that is like it, one that is like the long one alone, and a background."""
+    angles = torch.deg2rad(torch.tensor([0.0, 47.5, 120, 265, 265, 265, 265]))
+    return torch.stack([angles.cos(), angles.sin()], dim=-1) * torch.tensor([1.0, 10, 1, 1, 1, 1, 1])[:, None]
+
+
+def test_all_that_resemble_the_seed_vote_and_norms_weigh_unless_normalised():
+    assert metrics.lost(voting()[None], bias=None) == (0, 0, 3, 1)  # -0.5 from the seed, 3 from the long one
+    assert metrics.lost(voting()[None], bias=0.0) == (0, 0, 2, 1)  # -0.5 and 0.3
+
+
+def test_only_the_hundred_patches_of_lowest_degree_vote():
+    pairs = torch.zeros(110, 57)  # 55 pairs, each alike and like nothing else: of a lower degree than the long one
+    pairs[torch.arange(110), 2 + torch.arange(110) // 2] = 1
+    row = torch.cat([torch.nn.functional.pad(voting(), (0, 55)), pairs])
+    assert metrics.lost(row[None, :-22], bias=None) == (0, 0, 3, 1)
+    assert metrics.lost(row[None], bias=None) == (0, 0, 2, 1)
 
 
 boxes = st.tuples(*[st.floats(0, 50, width=32)] * 2, *[st.floats(0.5, 50, width=32)] * 2)
