@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -117,8 +118,13 @@ def find(
             "positions": list(search.ranking.positions),
             "candidates": [asdict(candidate) for candidate in search.candidates[:32]],
             "trials": [{**trial.summary(), "chosen": trial.plan is plan} for trial in search.trials],
-            "before": {"outlier_patches": guard.before},
-            "after": {"outlier_patches": score.left},
+            "before": {"outlier_patches": guard.before, "same_top_1": 1.0, "output_cosine": 1.0, "patches_cosine": 1.0},
+            "after": {
+                "outlier_patches": score.left,
+                "same_top_1": score.agreement,
+                "output_cosine": score.cosine,
+                "patches_cosine": score.features,
+            },
             "guard": {**asdict(score), "images": len(held)},
             "wanted": {key: value for key, value in asdict(wanted).items() if value is not None},
             "versions": {
@@ -212,7 +218,18 @@ def count(model: nn.Module, tower: Tower, batches: ImageStream, progress: bool, 
                 bar.update(len(batch))
 
     norms, sample = scan(model, tower, counting(), size)
+    _tell_skipped(batches)
     return Counted(norms, sample, len(batches.skipped), names)
+
+
+def _tell_skipped(batches: ImageStream) -> None:
+    skipped, ignored = batches.skipped, batches.ignored
+    if skipped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) + ("; ..." if skipped[3:] else "")
+        others = f" ({ignored} others are no images)" if ignored else ""
+        total = len(skipped) + batches.count
+        message = f"{len(skipped)} of {total} image files cannot be used and were skipped{others}: {reasons}"
+        warnings.warn(message, stacklevel=1)  # always the same line, so that it is told once
 
 
 def total(parts: list[Counted], batches: ImageStream) -> Counted:
