@@ -237,6 +237,24 @@ def test_recorded_registers_and_full_attention(name):
 
 
 @ONE_PER_FAMILY
+def test_a_register_that_joins_with_the_embeddings_passes_the_norm_before_the_blocks(name):
+    """As in the paper's code; a register with a state of its own is in the blocks' units already."""
+    model, inputs = build(name)
+    tower = find_tower(model)
+    zeros, ones = torch.zeros(1, 1, tower.channels), torch.ones(tower.channels)
+    with torch.no_grad():
+        start = zeros if tower.seed is None else tower.seed(zeros)
+    for plan, wanted in ((DYNAMIC, start), (RegisterPlan({}, 2, state=ones), ones.expand(1, 1, -1))):
+        seen: list[Tensor] = []
+        with patch(model, plan):
+            first = next(module for module in tower.blocks[0].modules() if "Norm" in type(module).__name__)
+            handle = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            run(model, inputs)
+            handle.remove()
+        assert torch.equal(seen[0][:, :2], wanted.expand(len(seen[0]), 2, -1))
+
+
+@ONE_PER_FAMILY
 def test_register_neurons_may_rest_at_another_value_than_zero(name):
     """Zeroed neurons that rest at a value equal what a bias of the second linear would add."""
     model, inputs = build(name)
