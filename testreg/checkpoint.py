@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
 
 import torch
@@ -130,16 +132,17 @@ def save(
     return target
 
 
-def load_base(path: str | Path, **kwargs: Any) -> Any:
+def load_base(path: str | Path, *, check: Callable[[Any], Any] = find_tower, **kwargs: Any) -> Any:
     """An unpatched checkpoint as the class that its config names, in evaluation mode, or an error that says why not.
 
     Args:
         path: its directory, or its name on the hub.
+        check: raises where the model is none of those wanted.
         kwargs: what `from_pretrained` takes.
 
     Raises:
         BadCheckpoint: there is no such checkpoint, it is damaged, lacks weights, or holds NaN.
-        UnsupportedModel: it holds no Vision Transformer of a known family.
+        UnsupportedModel: by default, it holds no Vision Transformer of a known family.
     """
     directory = fetch(path, kwargs)
     read_json(directory / "config.json")
@@ -158,7 +161,7 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
     model_class: Any = found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
     try:
         if model_class is not AutoModel:
-            find_tower(skeleton(model_class, config))  # a text model is refused before its weights are read
+            check(skeleton(model_class, config))  # a text model is refused before its weights are read
         kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = model_class.from_pretrained(directory, **kwargs)
         missing = sorted(map(str, info["missing_keys"]))
@@ -169,7 +172,7 @@ def load_base(path: str | Path, **kwargs: Any) -> Any:
         raise
     except Exception as error:
         raise BadCheckpoint(f"{path} cannot be loaded as {named or 'a model'}: {first_line(error)}") from error
-    find_tower(model)
+    check(model)
     if missing:
         raise BadCheckpoint(
             f"{path} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which would be "
@@ -209,16 +212,23 @@ def free(directory: str | Path, model: nn.Module, force: bool) -> Path:
     """The whole path of `directory`, where writing a checkpoint of `model` there loses nothing.
 
     Raises:
-        BadCheckpoint: it is the model's own, holds something and `force` is not given, or holds what is no checkpoint.
+        BadCheckpoint: it is the model's own, holds something and `force` is not given, holds what is no checkpoint, or
+            cannot be written.
     """
     target = Path(directory).expanduser().resolve()
     source = str(getattr(model, "name_or_path", "") or "")
     if source and Path(source).is_dir() and Path(source).resolve() == target:
         raise BadCheckpoint(f"{directory} is the checkpoint that the model was loaded from: choose another directory.")
+    if target.exists() and not target.is_dir():
+        raise BadCheckpoint(f"{directory} is a file; a directory is needed.")
+    try:
+        place = next(folder for folder in target.parents if folder.exists())
+        with TemporaryDirectory(dir=place, prefix=".testreg-"):
+            pass
+    except OSError as error:
+        raise BadCheckpoint(f"{directory} could not be written: {error.strerror} in {place}.") from error
     if not target.exists():
         return target
-    if not target.is_dir():
-        raise BadCheckpoint(f"{directory} is a file; a directory is needed.")
     held = sorted(target.iterdir())
     if held and not force:
         raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass force=True (--force).")

@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import text
-from .errors import Harmful, NoOutliers, TestregError
+from .console import Commands, writable
+from .errors import TestregError
 
-LOAD = """Saved to {out}. Load it:
-
-    import testreg
-    model = testreg.load("{out}")
-    outputs = model(**inputs)"""
 DEMO = """This is a demonstration: {model} is a small random Vision Transformer
 into which an artefact was planted. The photos in {photos} are real ones, from scikit-image.
 """
-EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error of the package; 2: the command line itself
+OWN = """
+Picture in {picture}.
 
+Your own model:
 
-class Commands(click.Group):
-    """Ends errors of the package in one sentence and an exit code of their kind."""
-
-    def invoke(self, context: click.Context) -> Any:
-        if not sys.stderr.isatty():
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars and transformers', in logs and pipes
-        with _processes() as leads:
-            try:
-                return super().invoke(context)
-            except TestregError as error:
-                if context.params.get("debug"):
-                    raise
-                if leads or type(error).__name__ == "Lost":  # all processes end in the same error: one says it
-                    click.echo(f"testreg: {error}", err=True)
-                raise SystemExit(next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1)) from None
-
-
-def _processes() -> AbstractContextManager[bool]:
-    """Whether this process is the first of those that torchrun or accelerate started, or the only one."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return nullcontext(True)
-    from .parallel import launched
-
-    return launched()
+    testreg patch MODEL --images PHOTOS --out DIRECTORY"""
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,6 +33,7 @@ def main(debug: bool) -> None:
 
     \b
     testreg inspect MODEL --images photos/              has it high-norm artefact patches?
+    testreg inspect MODEL --text FILE                   has a language model attention sinks?
     testreg patch MODEL --images photos/ --out DIR      find, verify, save: the main job
     testreg demo                                        the same on a small planted model, offline
 
@@ -77,17 +51,18 @@ def options(*which: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 loading = options(
     click.option("--device", help="Where to run, as torch names it: cpu, cuda, mps. Default: cuda where there is one."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: the checkpoint's."),
 )
-photos = options(
-    click.option("--images", type=click.Path(), required=True, help="A folder of photos, or one; 16 to 64 are enough."),
+IMAGES: dict[str, Any] = {"type": click.Path(), "help": "A folder of photos, or one; 16 to 64 are enough."}
+running = options(
     click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True),
     click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that decode photos."),
     loading,
 )
+photos = options(click.option("--images", required=True, **IMAGES), running)
 choices = options(
     click.option("--threshold", type=float, help="Norm from which on a patch is an outlier."),
     click.option("--blocks", help="Where register neurons may be: FIRST-LAST, from 0."),
@@ -99,7 +74,7 @@ choices = options(
 )
 
 
-@main.command()
+@main.command(short_help="Find, verify, save: the main job.")
 @click.argument("model")
 @photos
 @choices
@@ -108,7 +83,11 @@ choices = options(
 @click.option("--force", is_flag=True, help="Replace the checkpoint in --out; save even if the guard refuses.")
 @as_json
 def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bool, **given: Any) -> None:
-    """Find the register neurons of MODEL, verify the patch on held-out photos, and save the patched model."""
+    """Find the register neurons of MODEL, verify the patch on held-out photos, and save the patched model.
+
+    \b
+    testreg patch google/vit-base-patch16-224 --images photos/ --out vit-clean
+    """
     from . import RegisterPlan
     from .base import check_base
 
@@ -116,10 +95,13 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
     plan = RegisterPlan.load(plan_file) if plan_file else None
     if plan and not force:
         check_base(plan, loaded)
-    _patch(loaded, plan, out, given, force=force, as_json=as_json)
+    _, told = _patch(loaded, plan, out, given, force=force)
+    if as_json:
+        return _print_json(told)
+    _say(text.patched(told))
 
 
-@main.command()
+@main.command(short_help="Find register neurons and registers, and save them as a plan.")
 @click.argument("model")
 @photos
 @choices
@@ -128,36 +110,60 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 @click.option("--force", is_flag=True, help="Give the best plan even if the guard refuses it.")
 @as_json
 def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool, **given: Any) -> None:
-    """Find the register neurons of MODEL and the registers that take their place."""
+    """Find the register neurons of MODEL and the registers that take their place, and save neither.
+
+    \b
+    testreg find google/vit-base-patch16-224 --images photos/ --explain --out plan.safetensors
+    """
     from .parallel import leads
 
+    writable(out)
     plan = _find(_load(model, given), given, force=force)
     if out and leads():
         plan.save(out)
     if as_json:
         return _print_json(plan.to_dict())
-    _say(text.plan(plan.to_dict()), text.explanation(plan.provenance) if explain else "", text.guard(plan.provenance))
+    told = plan.provenance
+    _say(text.plan(plan.to_dict()), text.explanation(told) if explain else "", text.guard(told))
     if out:
-        _say(f"Plan in {out}: testreg patch {model} --plan {out} --images ... --out ...")
+        images = given["images"]
+        _say(f"\nPlan in {out}. Apply it:\n\n    testreg patch {model} --images {images} --plan {out} --out DIRECTORY")
 
 
-@main.command()
+@main.command(short_help="Has a model the artefact? Patch norms per block.")
 @click.argument("model")
-@photos
+@click.option("--images", **IMAGES)
+@click.option("--text", "text_file", type=click.Path(path_type=Path), help="A text, to look at a language model.")
 @click.option("--threshold", type=float, help="Norm from which on a patch is an outlier.")
+@running
 @as_json
-def inspect(model: str, threshold: float | None, as_json: bool, **given: Any) -> None:
-    """Patch norms of MODEL block by block, and whether it has the artefact. MODEL may be a patched one."""
+def inspect(
+    model: str, images: str | None, text_file: Path | None, threshold: float | None, as_json: bool, **given: Any
+) -> None:
+    """Patch norms of MODEL block by block, and whether it has the artefact. MODEL may be a patched one.
+
+    \b
+    testreg inspect google/vit-base-patch16-224 --images photos/
+
+    With --text instead of --images: attention sinks and massive activations of a causal language model.
+    """
     from . import inspect as look
 
-    found = look(_load(model, given, patched=True), given["images"], threshold=threshold, **_running(given))
+    if (images is None) == (text_file is None):
+        raise click.UsageError("give either --images, to look at a vision tower, or --text, at a language model.")
+    if text_file:
+        from .language import find_blocks
+
+        read = look(_load(model, given, check=find_blocks), text=text_file, batch_size=given["batch_size"])
+        return _print_json(read.to_dict()) if as_json else _say(text.sinks(read.to_dict()), read.verdict)
+    found = look(_load(model, given, patched=True), images, threshold=threshold, **_running(given))
     if as_json:
         return _print_json(found.to_dict())
     _say(text.norms(found.to_dict()["blocks"]), f"An outlier has {found.threshold} or more; {found.images} photos.")
-    _say(found.verdict)
+    _say(text.attention(found.to_dict()["attention"]), found.verdict)
 
 
-@main.command()
+@main.command(short_help="Draw norm maps and attention before and after.")
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
@@ -165,10 +171,15 @@ def inspect(model: str, threshold: float | None, as_json: bool, **given: Any) ->
 @loading
 @as_json
 def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, as_json: bool, **given: Any) -> None:
-    """Draw patch norms and class-token attention of IMAGES before and after, side by side."""
+    """Draw patch norms and class-token attention of IMAGES before and after, side by side.
+
+    \b
+    testreg show vit-clean photos/one.jpg photos/two.jpg --out before_after.png
+    """
     from . import RegisterPlan
     from .show import show as draw
 
+    writable(out)
     plan = RegisterPlan.load(plan_file) if plan_file else None
     figure = draw(_load(model, given, patched=True), plan, list(images))
     try:
@@ -180,7 +191,7 @@ def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, 
     _say(f"Picture in {out}.")
 
 
-@main.command()
+@main.command(short_help="The main job offline, on a small planted model.")
 @click.option("--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="A new directory.")
 @click.option("--force", is_flag=True, help="Use a directory that holds an earlier demonstration.")
 @as_json
@@ -193,17 +204,18 @@ def demo(out: Path, force: bool, as_json: bool) -> None:
     model, photos = write(out, force=force)
     if not as_json:
         _say(DEMO.format(model=model, photos=photos))
-    given = {"images": photos, "batch_size": 16, "workers": 0}
     loaded = load_base(model)
-    plan = _patch(loaded, None, out / "patched", given, force=force, as_json=as_json)
+    given = {"images": photos, "batch_size": 16, "workers": 0}
+    plan, told = _patch(loaded, None, out / "patched", given, force=force)
     picture = out / "before_after.png"
     draw(loaded, plan, sorted(photos.iterdir())[:4]).savefig(picture, dpi=150)
-    if not as_json:
-        _say(f"\nPicture in {picture}.\n\nYour own model:\n\n    testreg patch MODEL --images PHOTOS --out DIRECTORY")
+    if as_json:
+        return _print_json({"model": str(model), "photos": str(photos), "picture": str(picture), **told})
+    _say(text.patched(told), OWN.format(picture=picture))
 
 
-def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force: bool, as_json: bool) -> Any:
-    """The main job: find, verify, save, tell."""
+def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force: bool) -> tuple[Any, dict[str, Any]]:
+    """The main job: find, verify, save. The plan, and what there is to tell."""
     from . import inspect, save
     from . import patch as install
     from .checkpoint import free
@@ -216,21 +228,20 @@ def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force:
         after = inspect(model, given["images"], threshold=threshold, **_running(given))
         if leads():
             save(model, out, force=force)
-    if as_json:
-        _print_json({"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()})
-        return plan
-    _say(text.plan(plan.to_dict()), text.norms(plan.provenance.get("blocks", []), after.to_dict()["blocks"]))
-    _say(text.guard(plan.provenance), LOAD.format(out=out))
-    return plan
+    return plan, {"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()}
 
 
-def _load(model: str, given: Mapping[str, Any], *, patched: bool = False) -> Any:
+def _load(
+    model: str, given: Mapping[str, Any], *, patched: bool = False, check: Callable[[Any], Any] | None = None
+) -> Any:
     import torch
 
     from .checkpoint import is_patched, load, load_base
 
     device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    kwargs = {"dtype": getattr(torch, given["dtype"])} if given["dtype"] else {}
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, given["dtype"])} if given["dtype"] else {}
+    if check:
+        kwargs["check"] = check
     loaded = load(model, **kwargs) if patched and is_patched(model) else load_base(model, **kwargs)
     try:
         return loaded.to(device)
@@ -273,4 +284,4 @@ def _say(*parts: str) -> None:
     click.echo("\n".join(part for part in parts if part))
 
 
-from . import cli_judging  # noqa: E402, F401 - adds its commands to `main`
+from . import cli_export, cli_judging  # noqa: E402, F401 - add their commands to `main`

@@ -15,7 +15,7 @@ from .errors import TestregError
 TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
 
 
-@main.command()
+@main.command(short_help="Measure a model without and with registers.")
 @click.argument("model")
 @click.option("--data", type=click.Path(), required=True, help="A folder of photos with the labels of the task.")
 @click.option("--task", type=click.Choice(TASKS), required=True, help="What to measure.")
@@ -87,7 +87,7 @@ def evaluate(
     _say(f"{data}, {table.provenance['images']} photos", str(table), *(f"Table in {path}." for path in out))
 
 
-@main.command()
+@main.command(short_help="One HTML page: before and after.")
 @click.argument("model")
 @click.option("--images", type=click.Path(), required=True, help="A folder of photos.")
 @click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")

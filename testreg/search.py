@@ -226,9 +226,8 @@ def _tell_skipped(batches: ImageStream) -> None:
     skipped, ignored = batches.skipped, batches.ignored
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) + ("; ..." if skipped[3:] else "")
-        others = f" ({ignored} others are no images)" if ignored else ""
-        total = len(skipped) + batches.count
-        message = f"{len(skipped)} of {total} image files cannot be used and were skipped{others}: {reasons}"
+        others = f", and {ignored} of other kinds" if ignored else ""
+        message = f"skipped {len(skipped)} of {len(skipped) + batches.count} image files{others}: {reasons}"
         warnings.warn(message, stacklevel=1)  # always the same line, so that it is told once
 
 

@@ -5,6 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+LOAD = """Saved to {out}. Load it:
+
+    import testreg
+    model = testreg.load("{out}")
+    outputs = model(**inputs)"""
+
+
+def patched(told: Mapping[str, Any]) -> str:
+    """What `patch` did, with the norms before and after and the lines that load the result."""
+    provenance = told["plan"]["provenance"]
+    tables = norms(provenance.get("blocks", []), told["after"]["blocks"])
+    parts = [plan(told["plan"]), tables, guard(provenance), LOAD.format(out=told["out"])]
+    return "\n\n".join(part for part in parts if part)
+
 
 def plan(values: Mapping[str, Any]) -> str:
     """A plan's `to_dict()`: where the artefact is, and what is done about it."""
@@ -91,3 +105,46 @@ def _cells(values: Sequence[Any], write: Any) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def sinks(found: Mapping[str, Any]) -> str:
+    """A language model's `TextInspection.to_dict()`: one line per block."""
+    lines = ["block  median norm   largest  activation   x median  sink heads  first token gets"]
+    for row in found["blocks"]:
+        share = (
+            "           -                 -" if row["sink"] is None else f"{row['sink']:12.0%}{row['received']:18.1%}"
+        )
+        size = f"{row['median']:13.4g}{row['largest']:10.4g}{row['activation']:12.4g}{row['times']:11.4g}"
+        lines.append(f"{row['block']:5d}{size}{share}")
+    rates = ", ".join(f"{rate:.1%}" for rate in found["rates"])
+    lines.append(f"Sink rate of the first tokens: {rates}; {found['sequences']} sequences of {found['tokens']} tokens.")
+    return "\n".join(lines)
+
+
+def stock(told: Mapping[str, Any]) -> str:
+    """What `export --format stock` wrote, and how far it is from the model that it stands for."""
+    drift, out = told["drift"], told["out"]
+    load = {
+        "transformers": f'from transformers import AutoModel\n    model = AutoModel.from_pretrained("{out}")',
+        "timm": f'import timm\n    model = timm.create_model("local-dir:{out}", pretrained=True)',
+    }
+    lines = [
+        f"Held out   {drift['images']} photos that nothing was fitted to",
+        f"           largest norm over the median     {drift['outlier_unpatched']:.1f} -> {drift['outlier']:.1f}",
+    ]
+    for key, against in (("", "unpatched model"), ("_patched", "run-time patch")):
+        lines.append(f"           with the {against}: cosine of the output {drift[f'answer{key}']:.4f}")
+        if drift[f"agreement{key}"] is not None:
+            lines[-1] += f", same top-1 answer {drift[f'agreement{key}']:.1%}"
+    lines[-1] += f", cosine of the patches {drift['patches']:.4f}"
+    return "\n".join([*lines, "", f"Saved to {out}. It loads without testreg:", "", f"    {load[told['library']]}"])
+
+
+def attention(found: Mapping[str, Any] | None) -> str:
+    """Where a vision tower's attention goes: the `attention` of an `Inspection.to_dict()`."""
+    if not found:
+        return ""
+    names = {"prefix": "class token", "native": "own registers", "registers": "test-time registers"}
+    shares = [f"{name} {found[key]:.1%}" for key, name in names.items() if found[key] > 1e-3]
+    shares.append(f"the patch that gets most {found['patch']:.1%}, a sink in {found['rate']:.0%} of the heads")
+    return f"Attention goes to: {', '.join(shares)}."

@@ -1,0 +1,69 @@
+"""The command `export`: a patched model for where testreg is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import text
+from .cli import _load, _print_json, _say, as_json, loading, main
+from .console import writable
+
+
+@main.command(short_help="Write a form that needs no testreg: stock weights, or ONNX.")
+@click.argument("model")
+@click.option("--format", "form", type=click.Choice(["stock", "onnx"]), required=True, help="What to write.")
+@click.option("--images", type=click.Path(), help="stock: a folder of photos to fit to and to check with; 32 or more.")
+@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
+@click.option("--library", type=click.Choice(["transformers", "timm"]), help="stock: whose. Default: either.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="stock: a directory; onnx: NAME.onnx.")
+@click.option("--force", is_flag=True, help="Replace what --out holds; write even if the result drifts too far.")
+@loading
+@as_json
+def export(
+    model: str,
+    form: str,
+    images: str | None,
+    plan_file: str | None,
+    library: str | None,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Write MODEL in a form that needs no testreg where it is used. MODEL is a patched one, or any with --plan.
+
+    \b
+    stock   weights alone, in an architecture of transformers or timm with register slots
+    onnx    for ONNX Runtime and other engines; any batch size
+
+    \b
+    testreg export vit-clean --format stock --images photos/ --out vit-stock
+    testreg export vit-clean --format onnx --out vit-clean.onnx
+    """
+    from . import RegisterPlan
+    from . import patch as install
+
+    if form == "stock" and images is None:
+        raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
+    if form == "onnx" and (images or library):
+        raise click.UsageError(f"--format onnx does not take {'--images' if images else '--library'}.")
+    if form == "onnx":
+        writable(out)
+    loaded = _load(model, given, patched=True)
+    if plan_file:
+        install(loaded, RegisterPlan.load(plan_file))
+    if form == "stock":
+        from .bake import export_stock
+
+        baked = export_stock(loaded, images, out, library=library, force=force, replace=force)
+        told = {"out": str(out), "format": form, "library": baked.library, **baked.summary()}
+        return _print_json(told) if as_json else _say(text.stock(told))
+    from .onnx import export_onnx
+
+    dtype = next(loaded.parameters()).dtype
+    export_onnx(loaded, out, dtype=dtype, replace=force)
+    told = {"out": str(out), "format": form, "dtype": str(dtype).removeprefix("torch.")}
+    return _print_json(told) if as_json else _say(f"ONNX in {out}: {told['dtype']}, checked against PyTorch.")
