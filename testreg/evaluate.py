@@ -185,11 +185,11 @@ def _task(task: str | Task) -> Task:
 
 def _row(task: Task, arm: str, name: str, measure: Measure, reference: Measure | None) -> Row:
     scale = 100 if measure.unit == "%" else 1
-    count, means = len(measure.values), measure.statistic is None
-    own = bootstrap(lambda index: scale * measure.of(index), count, vectorized=means)
+    count = len(measure.values)
+    own = bootstrap(lambda index: scale * measure.of(index), count)
     change = None
     if arm != UNPATCHED and reference is not None and len(reference.values) == count:
-        change = bootstrap(lambda index: scale * (measure.of(index) - reference.of(index)), count, vectorized=means)
+        change = bootstrap(lambda index: scale * (measure.of(index) - reference.of(index)), count)
     return Row(
         task=task.name,
         kind=measure.kind,

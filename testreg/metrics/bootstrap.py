@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+BATCH = 100  # draws at a time, so that memory stays small
+
 
 class Interval(NamedTuple):
     """A value with the ends of its confidence interval."""
@@ -17,19 +19,13 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], Any],
-    images: int,
-    *,
-    vectorized: bool = False,
-    level: float = 0.95,
-    resamples: int = 2000,
+    statistic: Callable[[np.ndarray], Any], images: int, *, level: float = 0.95, resamples: int = 2000
 ) -> Interval:
     """Percentile interval of `statistic` over images drawn with replacement; the same draws at every call.
 
     Args:
-        statistic: of image indices `(images,)`, some of them more than once. A difference of two arms on the same
-            indices makes the interval a paired one.
-        vectorized: `statistic` takes several draws at once `(draws, images)` as well, and gives one value for each.
+        statistic: of image indices `(images,)`, some of them more than once; or one value for each of several draws
+            `(draws, images)`. A difference of two arms on the same indices makes the interval a paired one.
         level: of confidence, 0..1.
     """
     from scipy import stats  # of the extra "evaluate"
@@ -40,7 +36,8 @@ def bootstrap(
     found = stats.bootstrap(
         (np.arange(images),),
         lambda index, axis=-1: statistic(index),
-        vectorized=vectorized,
+        vectorized=True,
+        batch=BATCH,
         n_resamples=resamples,
         confidence_level=level,
         method="percentile",

@@ -30,16 +30,19 @@ def intersections(predicted: Tensor, true: Tensor, classes: int, ignore: int = 2
     )
 
 
-def mean_iou(counts: Tensor) -> float:
-    """Mean over the classes that occur of intersection over union, 0..1, of `intersections` summed over images."""
+def mean_iou(counts: Tensor) -> Tensor:
+    """Mean over the classes that occur of intersection over union, 0..1: `(..., classes, 3)` -> `(...)`.
+
+    Args:
+        counts: `intersections` summed over images.
+    """
     both, predicted, true = counts.double().unbind(-1)
-    union = predicted + true - both
-    return float((both / union)[union > 0].mean())
+    return (both / (predicted + true - both)).nanmean(dim=-1)  # a class that does not occur is 0 / 0
 
 
-def pixel_accuracy(counts: Tensor) -> float:
-    """Share of right pixels, 0..1, of `intersections` summed over images."""
-    return float(counts[..., 0].sum() / counts[..., 2].sum())
+def pixel_accuracy(counts: Tensor) -> Tensor:
+    """Share of right pixels, 0..1: `intersections` summed over images `(..., classes, 3)` -> `(...)`."""
+    return counts[..., 0].sum(dim=-1).double() / counts[..., 2].sum(dim=-1)
 
 
 def pixel_ap(scores: Tensor, true: Tensor, ignore: int = 255) -> float:

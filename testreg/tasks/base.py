@@ -20,7 +20,7 @@ from ..arms import Arm
 from ..labels import Sample
 from ..observe import run
 
-Statistic = Callable[[np.ndarray], float]
+Statistic = Callable[[np.ndarray], Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Measure:
 
     Attributes:
         values: per image, `(images, ...)`.
-        statistic: of such values, whatever images they are of; None = the mean.
+        statistic: of such values of any images, in the last axis but those of one image; one value for each draw in
+            front of it. None = the mean.
         unit: "%" values are shares of 1.
         setting: what was fixed or swept to get it.
         kind: "fixed"; "block", for one of many blocks; one of a "sweep", whose best is chosen on the test set; or a
@@ -43,7 +44,7 @@ class Measure:
     kind: str = "fixed"
 
     def of(self, index: np.ndarray) -> Any:
-        """The value over images `index` `(images,)`; where it is a mean, also over several draws `(draws, images)`."""
+        """The value over images `index` `(images,)`, or for each of several draws `(draws, images)`."""
         picked = self.values[index]
         return picked.mean(axis=-1) if self.statistic is None else self.statistic(picked)
 

@@ -129,16 +129,19 @@ def _foreground(sample: Sample, values: Collection[int] | None) -> Tensor:
     return torch.where(mask == IGNORE, mask, wanted.long())
 
 
-def _mean_iou(counts: np.ndarray) -> float:
-    return metrics.mean_iou(torch.as_tensor(counts).sum(dim=0))
+def _mean_iou(counts: np.ndarray) -> np.ndarray:
+    """Counts `(..., images, classes, 3)` -> `(...)`."""
+    return metrics.mean_iou(torch.from_numpy(counts).sum(dim=-3)).numpy()
 
 
-def _mean_iou_over_seeds(counts: np.ndarray) -> float:
-    return float(np.mean([_mean_iou(counts[:, seed]) for seed in range(counts.shape[1])]))
+def _mean_iou_over_seeds(counts: np.ndarray) -> np.ndarray:
+    """Counts `(..., images, seeds, classes, 3)` -> `(...)`."""
+    return metrics.mean_iou(torch.from_numpy(counts).sum(dim=-4)).mean(dim=-1).numpy()
 
 
-def _pixel_accuracy(counts: np.ndarray) -> float:
-    return metrics.pixel_accuracy(torch.as_tensor(counts).sum(dim=0))
+def _pixel_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Counts `(..., images, classes, 3)` -> `(...)`."""
+    return metrics.pixel_accuracy(torch.from_numpy(counts).sum(dim=-3)).numpy()
 
 
 def _shrunk(mask: Tensor, side: int) -> Tensor:
