@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 from zoo import FIRST, ROWS, attention, build, pixels, tensors
 
-from testreg import BadPlan, RegisterPlan, TestregError, active, patch
+from testreg import BadPlan, RegisterPlan, TestregError, active, patch, redirect
 from testreg.families import find_tower
 
 EVERY = pytest.mark.parametrize("name", list(ROWS))
@@ -116,6 +116,21 @@ def test_text_outputs_are_untouched(name):
         after = run(model, inputs)
     assert torch.equal(before["text_embeds"], after["text_embeds"])
     assert not torch.equal(before["image_embeds"], after["image_embeds"])
+
+
+@EVERY
+def test_the_last_block_hands_back_its_own_memory(name):
+    """What follows the blocks may call `.view`, as it could before."""
+    model, inputs = build(name)
+    seen: list[Tensor] = []
+    with patch(model, DYNAMIC):
+        find_tower(model).blocks[-1].register_forward_hook(lambda _, args, output: seen.append(_tokens(output)))
+        run(model, inputs)
+    assert seen[0].is_contiguous()
+
+
+def _tokens(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 # What a patch does
@@ -407,6 +422,21 @@ def test_a_hook_between_blocks_may_make_a_new_tensor(name):
             for block in find_tower(model).blocks:
                 block.register_forward_hook(lambda module, args, output: _new(output))
             assert same(before, run(model, inputs))
+
+
+@ONE_PER_FAMILY
+def test_registers_are_copied_once_per_pass(name, monkeypatch):
+    """They stay in front of the tokens' memory from block to block, unless something makes a new tensor in between."""
+    model, inputs = build(name)
+    tower, join, calls = find_tower(model), redirect.join, []
+    monkeypatch.setattr(redirect, "join", lambda *args: (calls.append(1), join(*args))[1])
+    with patch(model, DYNAMIC):
+        run(model, inputs)
+        assert len(calls) == 1
+        for block in tower.blocks:
+            block.register_forward_hook(lambda module, args, output: _new(output))
+        run(model, inputs)
+        assert len(calls) == 1 + len(tower.blocks)
 
 
 @ONE_PER_FAMILY
