@@ -288,7 +288,10 @@ def _refused(model: nn.Module) -> str | None:
 def _unknown(model: nn.Module) -> str:
     name, package = type(model).__name__, type(model).__module__.split(".")[0]
     if getattr(model, "main_input_name", "") == "input_ids":
-        return f"{name} is a text model; testreg patches Vision Transformers ({', '.join(FAMILIES)})."
+        return (
+            f"{name} is a text model; testreg patches Vision Transformers ({', '.join(FAMILIES)}). Whether it has "
+            f"attention sinks tells testreg.inspect(model, text=...), or testreg inspect MODEL --text FILE."
+        )
     return (
         f"{name} is of no known family ({', '.join(FAMILIES)}). If it is a Vision Transformer whose blocks take "
         f"(batch, tokens, channels), describe it first, with the paths and number of prefix tokens checked:\n"

@@ -67,21 +67,22 @@ class TextInspection:
         if self.elsewhere > rate:
             where, rate = f"a token behind the first {FIRST}", self.elsewhere
         found = f"{where} gets more than {EPSILON:.0%} of the attention in {rate:.0%} of the heads"
-        keep = f"whoever cuts the cache keeps the first {FIRST} tokens in it (StreamingLLM, arXiv 2309.17453)"
+        none = f"no token gets more than {EPSILON:.0%} of the attention in {COMMON:.0%} of the heads or more"
+        keep = f"a cache that is cut has to keep the first {FIRST} tokens (StreamingLLM, arXiv 2309.17453)"
         if self.kind == "gated":
             said = "Gated attention (arXiv 2505.06708): a head closes its gate instead of attending to a sink. " + (
-                f"Yet there are sinks: {found}; {keep}." if self.sinks else f"None is there: {found}. Nothing to do."
+                f"Yet there are sinks: {found}; {keep}." if self.sinks else f"Indeed {none}. Nothing to do."
             )
         elif self.kind == "sink logits":
             said = f"Sink logits: a learned term of the softmax takes {self.taken:.0%} of the attention. " + (
                 f"Yet there are sinks: {found}; {keep}."
                 if self.sinks
-                else f"No token is a sink: {found}. Nothing to do, but a kernel without this term changes the model."
+                else f"Indeed {none}. Nothing to do; an attention kernel without this term would change the model."
             )
         elif self.sinks:
-            said = f"Softmax sinks are there: {found}. No register helps here, but {keep}."
+            said = f"Softmax sinks are there: {found}. testreg's registers are for vision towers; here {keep}."
         else:
-            said = f"No softmax sinks: {found}. Nothing to do."
+            said = f"No softmax sinks: {none}. Nothing to do."
         softmax = sum(block.sink is not None for block in self.blocks)
         if softmax < len(self.blocks):
             said += f" This is about the {softmax} of {len(self.blocks)} blocks that attend by softmax."

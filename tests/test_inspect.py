@@ -110,3 +110,30 @@ def test_training_mode_stays_and_it_is_plain_json():
 
 def test_one_image_is_enough_to_look_at():
     assert testreg.inspect(grown(where="corners")[0], images(1)).images == 1
+
+
+def test_a_model_with_registers_of_its_own_is_told_apart():
+    model, inputs = zoo.build("Dinov2WithRegistersModel", 8)
+    plain, photos = zoo.build("Dinov2Model", 8)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(model(**inputs, output_attentions=True).attentions)  # (blocks, images, heads, T, T)
+    seen = testreg.inspect(model, {name: value[:1] for name, value in inputs.items()})
+    received = maps[:, 0].mean(-2)  # (blocks, heads, T)
+    assert seen.native == model.config.num_register_tokens == 4
+    assert seen.attention.prefix == pytest.approx(received[..., 0].mean().item(), rel=1e-4)
+    assert seen.attention.native == pytest.approx(received[..., 1:5].sum(-1).mean().item(), rel=1e-4)
+    assert seen.attention.patch == pytest.approx(received[..., 5:].amax(-1).mean().item(), rel=1e-4)
+    assert seen.attention.rate == pytest.approx((received[..., 5:] > 0.3).float().mean((0, 1)).max().item())
+    assert "The model has 4 registers of its own, which get" in seen.verdict
+    assert "of its own" not in testreg.inspect(plain, photos).verdict
+
+
+def test_where_attention_goes_before_and_after():
+    model, _ = grown(where="corners")
+    before = testreg.inspect(model, images())
+    assert (before.native, before.attention.registers) == (0, pytest.approx(0, abs=1e-5))
+    with testreg.patch(model, testreg.find(model, images())):
+        after = testreg.inspect(model, images())
+    assert after.attention.registers > before.attention.patch
+    assert after.attention.patch < before.attention.patch

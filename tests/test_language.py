@@ -134,7 +134,7 @@ def test_a_sink_logit_takes_the_place_of_the_token():
     logit = torch.tensor(8.0).exp()
     assert seen.taken == pytest.approx((logit / (logit + heads + count)).mean().item(), rel=1e-4)
     assert "Sink logits: a learned term of the softmax takes" in seen.verdict
-    assert "No token is a sink" in seen.verdict
+    assert "Indeed no token gets more than 30%" in seen.verdict
 
 
 def test_gated_attention():
@@ -142,7 +142,7 @@ def test_gated_attention():
     found = inspect(model, ids())
     assert found.kind == "gated"
     assert [block.sink is None for block in found.blocks] == [True, True, True, False]
-    assert "None is there" in found.verdict
+    assert "Indeed no token gets more than 30%" in found.verdict
     assert "the 1 of 4 blocks that attend by softmax" in found.verdict
     attention = plant(model, blocks=()).model.layers[3].self_attn
     with torch.no_grad():  # queries and keys are normed here, and their last channels are not turned
@@ -240,10 +240,13 @@ def test_the_model_stays_as_it_was():
 
 
 def test_the_language_model_of_a_vision_language_model():
-    model, _ = zoo.build("LlavaForConditionalGeneration")
+    vision = hf.CLIPVisionConfig(**zoo.VISION)
+    words = hf.LlamaConfig(**{**SHAPE, "num_hidden_layers": 3})
+    config = hf.LlavaConfig(vision_config=vision, text_config=words, image_token_index=60)
+    model = hf.LlavaForConditionalGeneration(config).eval()
     found = testreg.inspect(model, text=torch.randint(0, 60, (2, 32)))
     assert (found.kind, found.sequences, found.tokens) == ("plain", 2, 32)
-    assert len(found.blocks) == len(model.get_decoder().layers)
+    assert len(found.blocks) == 3
 
 
 def test_what_cannot_be_looked_at():
