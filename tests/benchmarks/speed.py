@@ -1,0 +1,431 @@
+"""What registers cost in time and memory, and what it costs to find them: `python -m tests.benchmarks.speed`.
+
+Ratios within one run, never absolute times: the arms of a row run in turns, in one process, and a row shows the median
+over the turns of each arm's time over its partner's in the same turn. "CPU" is the same of the process's CPU time,
+which other work on the machine disturbs less. Memory is the peak of a process that does one thing. The results go
+into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+import testreg
+from testreg.families import find_tower
+from testreg.images import stream
+from testreg.observe import run
+from testreg.planted import plant
+from testreg.scan import patch_norms, scan
+from testreg.search import quiet
+
+DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+SHAPES = {"Ti": (192, 12, 3), "B": (768, 12, 12), "L": (1024, 24, 16)}  # channels, blocks, heads
+PATCH = 14
+CUDA = torch.cuda.is_available()
+PACKAGES = ("torch", "transformers", "safetensors")
+Arm = Callable[[], Any]
+Row = tuple[str, ...]
+
+
+# Models
+
+
+def vit(shape: str, pixels: int = 224, *, native: int = 0, depth: int | None = None) -> torch.nn.Module:
+    """A ViT of DINOv2's architecture with random weights, without or with registers of its own."""
+    channels, blocks, heads = SHAPES[shape]
+    sizes = {"hidden_size": channels, "num_hidden_layers": depth or blocks, "num_attention_heads": heads}
+    sizes |= {"image_size": pixels, "patch_size": PATCH}
+    torch.manual_seed(0)
+    if native:
+        config: Any = Dinov2WithRegistersConfig(**sizes, num_register_tokens=native)
+        return Dinov2WithRegistersModel(config).eval()
+    return Dinov2Model(Dinov2Config(**sizes)).eval()
+
+
+def twin(model: torch.nn.Module, shape: str, pixels: int, native: int) -> torch.nn.Module:
+    """The same weights where `native` register tokens are part of the architecture."""
+    other = vit(shape, pixels, native=native)
+    other.load_state_dict(model.state_dict(), strict=False)
+    return other
+
+
+def plans(shape: str, registers: int) -> dict[str, testreg.RegisterPlan]:
+    """Three register neurons in two blocks, in both forms."""
+    channels, blocks, _ = SHAPES[shape]
+    middle = blocks // 2
+    neurons = {middle - 1: (7,), middle: (3, 4)}
+    return {
+        "dynamic": testreg.RegisterPlan(neurons, registers),
+        "constant": testreg.RegisterPlan(neurons, registers, entry=middle + 1, state=torch.randn(channels)),
+    }
+
+
+# Measuring
+
+
+def paired(arms: dict[str, Arm], seconds: float, most: int = 200) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of every arm in every turn; turns until `seconds` are over, three at least."""
+    for arm in arms.values():
+        arm()
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    end, turn = time.perf_counter() + seconds, 0
+    names = list(arms)
+    while turn < 3 or (time.perf_counter() < end and turn < most):
+        for name in names if turn % 2 == 0 else reversed(names):  # nobody is always the one after a certain other
+            wall, cpu = time.perf_counter(), time.process_time()
+            arms[name]()
+            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        turn += 1
+    return taken
+
+
+def over(taken: dict[str, list[tuple[float, float]]], arm: str, base: str) -> Row:
+    """Median of the paired ratios, by the wall and by the CPU."""
+    pairs = list(zip(taken[arm], taken[base], strict=True))
+    return tuple(f"{statistics.median(ours[kind] / theirs[kind] for ours, theirs in pairs):.3f}" for kind in (0, 1))
+
+
+def table(head: Row, rows: Iterator[Row] | list[Row]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
+        print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def apart(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """What `work` gives in a process of its own, and that process's peak memory in MiB."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_measured, args=(there, work, args))
+    process.start()
+    there.close()
+    found = here.recv()
+    process.join()
+    return found
+
+
+def _measured(pipe: Any, work: Callable[..., Any], args: Any) -> None:
+    found = work(*args)
+    pipe.send((found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+# Forward passes
+
+
+def forwards(shapes: list[tuple[str, int, int, str]], seconds: float, device: str = "cpu", mode: str = "") -> list[str]:
+    """Patched against unpatched and against native registers."""
+    head = ("shape", "pixels", "batch", "dtype", "registers", "arm", "over unpatched", "CPU", "over native", "CPU")
+    print(f"\n{device} {mode or 'eager'}", flush=True)
+
+    def rows() -> Iterator[Row]:
+        for shape, pixels, batch, dtype in shapes:
+            for registers in (1, 4) if shape != "L" and batch == 1 else (1,):
+                for arm, ratios in _forward(shape, pixels, batch, dtype, registers, seconds, device, mode):
+                    yield (f"ViT-{shape}", str(pixels), str(batch), dtype, str(registers), arm, *ratios)
+
+    return table(head, rows())
+
+
+def _forward(
+    shape: str, pixels: int, batch: int, dtype: str, registers: int, seconds: float, device: str, mode: str
+) -> Iterator[tuple[str, Row]]:
+    models = {"unpatched": vit(shape, pixels)}
+    models["native"] = twin(models["unpatched"], shape, pixels, registers)
+    for form, plan in plans(shape, registers).items():
+        models[form] = vit(shape, pixels)
+        models[form].load_state_dict(models["unpatched"].state_dict())
+        testreg.patch(models[form], plan)
+    images = torch.randn(batch, 3, pixels, pixels).to(device, getattr(torch, dtype))
+
+    def arm(model: Any) -> Arm:
+        model.to(device, getattr(torch, dtype))
+        called = torch.compile(model, mode=None if mode == "default" else mode) if mode else model
+
+        def forward() -> None:
+            with torch.inference_mode():
+                called(images)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return forward
+
+    torch.compiler.reset()
+    taken = paired({name: arm(model) for name, model in models.items()}, seconds)
+    for form in ("dynamic", "constant"):
+        yield form, over(taken, form, "unpatched") + over(taken, form, "native")
+
+
+def breaks() -> list[str]:
+    """Graph breaks under torch.compile, as dynamo counts them."""
+
+    def rows() -> Iterator[Row]:
+        images = torch.randn(2, 3, 224, 224)
+        for form, plan in plans("Ti", 4).items():
+            with torch.no_grad(), testreg.patch(model := vit("Ti"), plan):
+                torch.compiler.reset()
+                yield form, str(torch._dynamo.explain(model)(images).graph_break_count)
+
+    print("\ngraph breaks", flush=True)
+    return table(("form", "graph breaks"), rows())
+
+
+def memory(shape: str, pixels: int, batch: int, form: str) -> float:
+    """MiB that forward passes take on top of weights and interpreter, in the process that calls this."""
+    model, images = vit(shape, pixels), torch.randn(batch, 3, pixels, pixels)
+    if form == "native":
+        model = twin(model, shape, pixels, 1)
+    elif form != "unpatched":
+        testreg.patch(model, plans(shape, 1)[form])
+    with torch.inference_mode():
+        for _ in range(3):
+            model(images)
+    return 0.0
+
+
+def memories(settings: list[tuple[str, int, int]]) -> list[str]:
+    """Peak memory of the process, patched over unpatched."""
+
+    def rows() -> Iterator[Row]:
+        for setting in settings:
+            peaks = {arm: apart(memory, *setting, arm)[1] for arm in ("unpatched", "native", "dynamic", "constant")}
+            ratios = (f"{peaks[arm] / peaks['unpatched']:.3f}" for arm in ("native", "dynamic", "constant"))
+            yield (f"ViT-{setting[0]}", str(setting[1]), str(setting[2]), *ratios)
+
+    print("\npeak memory", flush=True)
+    return table(("shape", "pixels", "batch", "native", "dynamic", "constant"), rows())
+
+
+# Finding
+
+
+def pictures(count: int, pixels: int) -> Iterator[Tensor]:
+    """Processed images, none of them held."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        yield torch.randn(3, pixels, pixels, generator=random)
+
+
+def plain(model: torch.nn.Module, images: Any, batch: int) -> None:
+    with quiet(model):
+        for part in stream(images, batch_size=batch):
+            run(model, part.inputs, whole=True)
+
+
+def scanned(model: torch.nn.Module, images: Any, batch: int) -> None:
+    with quiet(model):
+        scan(model, find_tower(model), stream(images, batch_size=batch))
+
+
+def stored(model: torch.nn.Module, images: Any, batch: int) -> None:
+    """The straightforward scan: every block's output and every neuron's activation kept, statistics at the end."""
+    tower, outputs, activations = find_tower(model), [], []
+    hooks = [block.register_forward_hook(lambda m, a, output: outputs.append(output)) for block in tower.blocks]
+    hooks += [down.register_forward_pre_hook(lambda m, args: activations.append(args[0])) for down in tower.downs]
+    plain(model, images, batch)
+    for hook in hooks:
+        hook.remove()
+    blocks = len(tower.blocks)
+    for block in range(blocks):
+        norms = torch.cat([patch_norms(tokens, tower) for tokens in outputs[block::blocks]])
+        neurons = torch.cat(activations[block::blocks])[:, tower.prefix :]
+        neurons[norms >= norms.quantile(0.98)].mean(0)
+
+
+SCANS: dict[str, Callable[..., None]] = {"plain": plain, "scan": scanned, "storing scan": stored}
+
+
+def looked(arm: str, shape: str, pixels: int, count: int, batch: int) -> None:
+    SCANS[arm](vit(shape, pixels), pictures(count, pixels), batch)
+
+
+def scans(settings: list[tuple[str, int, int, int]], seconds: float) -> list[str]:
+    """The scan against plain passes over the same images."""
+
+    def rows() -> Iterator[Row]:
+        for shape, pixels, count, batch in settings:
+            model, images = vit(shape, pixels), list(pictures(count, pixels))
+            arms = {name: partial(scan, model, images, batch) for name, scan in SCANS.items()}
+            taken = paired(arms, seconds, 8)
+            peaks = {name: apart(looked, name, shape, pixels, count, batch)[1] for name in SCANS}
+            for name in ("scan", "storing scan"):
+                about = (f"ViT-{shape}", str(pixels), str(count), str(batch), name)
+                yield (*about, *over(taken, name, "plain"), f"{peaks[name] / peaks['plain']:.2f}")
+
+    print("\nscan", flush=True)
+    head = ("shape", "pixels", "images", "batch", "arm", "over plain passes", "CPU", "peak memory over plain")
+    return table(head, rows())
+
+
+def lasting(counts: tuple[int, ...]) -> list[str]:
+    """Peak memory of the scan as images grow in number; a small model, so that the images' part is seen best."""
+
+    def rows() -> Iterator[Row]:
+        for arm in ("plain", "scan"):
+            peaks = [apart(looked, arm, "Ti", 224, count, 8)[1] for count in counts]
+            yield (arm, *(f"{peak / peaks[0]:.3f}" for peak in peaks))
+
+    print("\nmemory against images", flush=True)
+    return table(("ViT-Ti, 224 px", *(f"{count} images" for count in counts)), rows())
+
+
+def finds(counts: tuple[int, ...], seconds: float) -> list[str]:
+    """The whole of `find` against plain passes over the same images."""
+
+    def rows() -> Iterator[Row]:
+        model = vit("Ti")
+        plant(model, neurons=3)
+        for count in counts:
+            images = list(pictures(count, 224))
+            arms: dict[str, Arm] = {
+                "plain": lambda images=images: plain(model, images, 16),
+                "find": lambda images=images: testreg.find(model, images, force=True),
+            }
+            yield (str(count), *over(paired(arms, seconds, 5), "find", "plain"))
+
+    print("\nfind", flush=True)
+    return table(("images, ViT-Ti 224 px", "find over plain passes", "CPU"), rows())
+
+
+# Checkpoints and growth
+
+
+def checkpoints(shapes: list[str], seconds: float) -> list[str]:
+    """Sizes and times of saving and loading, patched over original."""
+
+    def size(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def rows() -> Iterator[Row]:
+        for shape in shapes:
+            with tempfile.TemporaryDirectory() as folder:
+                before, after = Path(folder, "before"), Path(folder, "after")
+                vit(shape).save_pretrained(before)
+                model, unpatched = (Dinov2Model.from_pretrained(before).eval() for _ in range(2))
+                testreg.patch(model, plans(shape, 4)["constant"])
+                arms: dict[str, Arm] = {
+                    "save": lambda model=model, after=after: testreg.save(model, after, force=True),
+                    "plain save": lambda unpatched=unpatched, before=before: unpatched.save_pretrained(before),
+                    "load": lambda after=after: testreg.load(after),
+                    "plain load": lambda before=before: Dinov2Model.from_pretrained(before),
+                }
+                taken = paired(arms, seconds, 10)
+                weights = size(after) / size(before)
+                extra = (size(after) - size(before)) / 1024
+                times = (over(taken, "save", "plain save")[0], over(taken, "load", "plain load")[0])
+                yield (f"ViT-{shape}", f"{weights:.5f}", f"{extra:.0f} KiB", *times)
+
+    print("\ncheckpoints", flush=True)
+    head = ("shape", "size over original", "extra, model card included", "save over plain", "load over plain")
+    return table(head, rows())
+
+
+def growth(seconds: float) -> list[str]:
+    """How the cost of a patch grows: seconds of patched over unpatched passes, one thing doubled at a time."""
+
+    def rows() -> Iterator[Row]:
+        cases = [("tokens", {"pixels": pixels}, str((pixels // PATCH) ** 2)) for pixels in (112, 224, 448)]
+        cases += [("layers", {"depth": depth}, str(depth)) for depth in (6, 12, 24)]
+        cases += [("batch", {"batch": batch}, str(batch)) for batch in (1, 4, 16)]
+        cases += [("register neurons in each of 6 blocks", {"neurons": count}, str(count)) for count in (1, 8, 64)]
+        cases += [("registers", {"registers": count}, str(count)) for count in (1, 4, 16)]
+        for name, given, value in cases:
+            case: dict[str, int] = {"pixels": 224, "depth": 12, "batch": 4, "neurons": 1, "registers": 1, **given}
+            models = [vit("Ti", case["pixels"], depth=case["depth"]) for _ in range(2)]
+            row = tuple(range(case["neurons"]))
+            neurons = dict.fromkeys(range(6), row) if name.startswith("register neurons") else {3: row}
+            testreg.patch(models[1], testreg.RegisterPlan(neurons, case["registers"]))
+            images = torch.randn(case["batch"], 3, case["pixels"], case["pixels"])
+
+            def arm(model: Any, images: Tensor = images) -> Arm:
+                return torch.inference_mode()(lambda: model(images))
+
+            taken = paired({"unpatched": arm(models[0]), "patched": arm(models[1])}, seconds)
+            yield (name, value, *over(taken, "patched", "unpatched"))
+
+    print("\ngrowth", flush=True)
+    return table(("ViT-Ti, dynamic form", "value", "patched over unpatched", "CPU"), rows())
+
+
+# The run
+
+
+def machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo") as file:
+        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    gpu = f", {torch.cuda.get_device_name()}" if CUDA else ", no GPU"
+    return f"{cpu}, {len(os.sched_getaffinity(0))} cores{gpu}; Python {platform.python_version()}, {versions}."
+
+
+def cuda(seconds: float) -> list[str]:
+    """The same on a GPU."""
+    if not CUDA:
+        print("\nCUDA: skipped, since this machine has no GPU", flush=True)
+        return ["Skipped: the machine of this run has no GPU.", ""]
+    lines: list[str] = []
+    settings = [(shape, pixels, batch, "bfloat16") for shape in SHAPES for pixels in (224, 518) for batch in (1, 32)]
+    for mode in ("", "default", "reduce-overhead"):
+        lines += [f"### {mode or 'eager'}, bfloat16, sdpa", "", *forwards(settings, seconds, "cuda", mode)]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes only: a few minutes")
+    parser.add_argument("--only", default="", help="sections whose title matches this regular expression")
+    parser.add_argument("--seconds", type=float, help="for each row of a table (default: 20, quick: 3)")
+    parser.add_argument("--out", type=Path, default=DOCS, help="where the tables go (default: docs/benchmarks.md)")
+    given = parser.parse_args()
+    quick, seconds = given.quick, given.seconds or (3 if given.quick else 20)
+
+    small = [("Ti", 224, 1, "float32"), ("Ti", 224, 32, "float32"), ("B", 224, 8, "float32")]
+    large = [
+        ("Ti", 518, 1, "float32"),
+        ("Ti", 224, 32, "bfloat16"),
+        ("B", 224, 1, "float32"),
+        ("B", 224, 8, "bfloat16"),
+        ("B", 518, 1, "float32"),
+        ("L", 224, 1, "float32"),
+        ("L", 224, 8, "float32"),
+        ("L", 518, 1, "float32"),
+    ]
+    eager = small if quick else small + large
+    sections: dict[str, Callable[[], list[str]]] = {
+        "Forward passes, eager": lambda: forwards(eager, seconds),
+        "Forward passes, torch.compile": lambda: forwards(small[: 1 if quick else 3], seconds, mode="default"),
+        "Graph breaks": breaks,
+        "Peak memory of forward passes": lambda: memories([("B", 224, 8)] if quick else [("B", 224, 8), ("B", 518, 4)]),
+        "Scan": lambda: scans([("Ti", 224, 64, 16)] + ([] if quick else [("B", 518, 8, 4)]), seconds),
+        "Memory of the scan": lambda: lasting((10, 64, 256) if quick else (10, 64, 1000)),
+        "Find": lambda: finds((64,) if quick else (64, 256, 1000), seconds),
+        "Checkpoints": lambda: checkpoints(["Ti"] if quick else ["Ti", "B"], seconds),
+        "Growth": lambda: growth(seconds / 2),
+        "CUDA": lambda: cuda(seconds),
+    }
+    lines = ["# Benchmarks", "", *str(__doc__).strip().splitlines(), "", machine(), ""]
+    for title, section in sections.items():
+        if re.search(given.only, title):
+            lines += [f"## {title}", "", *section()]
+            given.out.write_text("\n".join(lines).rstrip() + "\n")  # what there is so far
+
+
+if __name__ == "__main__":
+    main()
