@@ -196,7 +196,11 @@ def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, 
 @click.option("--force", is_flag=True, help="Use a directory that holds an earlier demonstration.")
 @as_json
 def demo(out: Path, force: bool, as_json: bool) -> None:
-    """Do the main job offline, on a small model with planted register neurons and photos from scikit-image."""
+    """Do the main job offline, on a small model with planted register neurons and photos from scikit-image.
+
+    \b
+    testreg demo --out demo
+    """
     from .checkpoint import load_base
     from .demo import write
     from .show import show as draw

@@ -52,6 +52,9 @@ def evaluate(
     classify                     one folder of photos per class
 
     MODEL is a patched checkpoint, or any other with --plan. Intervals hold 95 % and come from the same photos.
+
+    \b
+    testreg evaluate vit-clean --data photos/ --task discovery --out table.csv
     """
     from . import RegisterPlan
     from . import inspect as look
@@ -96,7 +99,11 @@ def evaluate(
 @loading
 @as_json
 def report(model: str, images: str, plan_file: str | None, out: Path, limit: int, as_json: bool, **given: Any) -> None:
-    """Show MODEL before and after on one HTML page that loads nothing from outside."""
+    """Show MODEL before and after on one HTML page that loads nothing from outside.
+
+    \b
+    testreg report vit-clean --images photos/ --out report.html
+    """
     from . import RegisterPlan
     from .report import report as write
     from .report import save

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from .errors import Harmful, NoOutliers, TestregError
+from .errors import Harmful, ImagesSkipped, NoOutliers, TestregError
 
 EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error; 2: the command line itself
 INTERRUPTED = 130  # as shells have it
@@ -77,14 +77,17 @@ def _unexpected(error: Exception) -> str:
 
 @contextmanager
 def _own_warnings() -> Iterator[None]:
-    """Warnings of this package in one line each, those of others not at all."""
+    """Warnings of this package in one line each and once, those of others not at all."""
+    told: set[str] = set()
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-        click.echo(f"testreg: {message}", err=True)
+        if str(message) not in told:
+            click.echo(f"testreg: {message}", err=True)
+        told.add(str(message))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"testreg\.")
+        warnings.simplefilter("always", ImagesSkipped)
         warnings.showwarning = show
         yield
 

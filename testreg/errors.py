@@ -27,5 +27,9 @@ class BadImages(TestregError):
     """There are no, too few, or only unreadable calibration images."""
 
 
+class ImagesSkipped(UserWarning):
+    """Some of the images given cannot be used; the others are."""
+
+
 class Harmful(TestregError):
     """No setting removes the artefact without changing the model more than the guard allows."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .base import describe
 from .choose import Search, Wanted
 from .detect import Artefact, artefact, check_norm, chosen, largest_ratio, table
-from .errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
+from .errors import BadImages, BadPlan, Harmful, ImagesSkipped, NoOutliers, TestregError
 from .families import Tower, find_tower
 from .images import Batch, ImageStream, stream
 from .parallel import share, shared
@@ -228,7 +228,7 @@ def _tell_skipped(batches: ImageStream) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) + ("; ..." if skipped[3:] else "")
         others = f", and {ignored} of other kinds" if ignored else ""
         message = f"skipped {len(skipped)} of {len(skipped) + batches.count} image files{others}: {reasons}"
-        warnings.warn(message, stacklevel=1)  # always the same line, so that it is told once
+        warnings.warn(message, ImagesSkipped, stacklevel=2)
 
 
 def total(parts: list[Counted], batches: ImageStream) -> Counted:
