@@ -332,18 +332,15 @@ def test_a_sweep_is_reported_apart_from_the_fixed_setting(model, data):
 
 
 def test_boxes_come_back_in_pixels_of_the_photo(model, data, monkeypatch):
-    monkeypatch.setattr("testreg.metrics.lost", lambda features, bias: (0, 0, features.shape[1], features.shape[0]))
-    table = evaluate(model, data, Discovery(side=32), processor=PROCESSOR)
-    assert table.of("unpatched").value == table.of("floor").value  # the whole grid is the whole photo
-    samples = labels.boxed(data)
-    boxes = iter([sample.boxes[0] for sample in samples])
-    monkeypatch.setattr(
-        "testreg.metrics.lost",
-        lambda features, bias: tuple(
-            (next(boxes) / torch.tensor([64, 48, 64, 48]) * torch.tensor([5, 4, 5, 4])).tolist()
-        ),
-    )
-    assert evaluate(model, data, Discovery(side=32), processor=PROCESSOR).of("unpatched").value == 100
+    seen = []
+    monkeypatch.setattr("testreg.metrics.lost", lambda features, bias: (0, 0, features.shape[1], features.shape[0] - 1))
+    monkeypatch.setattr("testreg.metrics.located", lambda box, boxes: seen.append((box.tolist(), boxes.tolist())) or 0)
+    evaluate(model, data, Discovery(side=32), processor=PROCESSOR)
+    truths = [sample.boxes.tolist() for sample in labels.boxed(data)]
+    for (box, boxes), truth in zip(seen, truths, strict=False):
+        assert box == pytest.approx([0, 0, 64, 48 * 3 / 4], abs=1e-4)  # four rows of patches, the last left out
+        assert boxes == truth
+    assert [box for box, _ in seen[6:]] == [[0, 0, 64, 48]] * 6  # the floor
 
 
 def test_outliers_are_counted_where_they_stand_out(model, data):
