@@ -52,7 +52,9 @@ def planted(name, form="constant", registers=2, seed=0):
     """A model with the artefact, and the plan that is right for it."""
     torch.manual_seed(seed)
     model = MODELS[name]().eval()
-    found = plant(model, seed=seed, decoys=False)
+    found = plant(
+        model, seed=seed, neurons=2, decoys=False
+    )  # one of which is rewritten, the other is only switched off
     if form == "dynamic":
         return model, RegisterPlan(found.neurons, registers)
     with observe(model, states=[found.block]) as seen:
@@ -235,6 +237,16 @@ class TestBaked:
         arrived = record.registers[plan.entry - 1].mean(0)
         assert ((arrived - states).norm(dim=-1) < 0.05 * states.norm(dim=-1)).all()
 
+    def test_a_norm_in_front_of_the_blocks_does_not_keep_the_start_short(self):
+        model, plan = planted("clip")
+        done = bake(model, plan, photos())
+        joined = find_tower(done.model).seed(done.registers).detach()
+        with testreg.patch(done.model, fit.slots(joined)) as acting, acting.recording() as record:
+            run(done.model, {"pixel_values": photos(80)[64:]})
+        length = plan.state.norm(dim=-1).mean()
+        assert joined.norm(dim=-1).mean() < 0.1 * length
+        assert record.registers[0].norm(dim=-1).mean() == pytest.approx(float(fit.SURPLUS * length), rel=0.1)
+
     @pytest.mark.parametrize("name", ["vit", "clip"])
     def test_registers_go_the_way_of_the_patchs(self, name):
         torch.manual_seed(0)
@@ -254,6 +266,18 @@ class TestBaked:
             assert cosine_similarity(went[0][block], went[1][block], dim=-1).mean() > 0.98
         last = max(plan.neurons)
         assert went[1][last].norm(dim=-1).mean() == pytest.approx(float(went[0][last].norm(dim=-1).mean()), rel=0.02)
+
+    def test_what_the_plan_leaves_to_other_tokens_stays(self):
+        model, plan = planted("vit")
+        rest = dict.fromkeys(plan.neurons, (3.0, -2.0))
+        plan = RegisterPlan(plan.neurons, 2, plan.entry, plan.state, rest=rest)
+        done = bake(model, plan, photos())
+        assert done.drift.patches > 0.999
+        assert bake(model, RegisterPlan(plan.neurons, 2, plan.entry, plan.state), photos()).drift.patches > 0.999
+        with testreg.patch(model, plan), torch.no_grad():
+            expected = model(photos(8)).logits
+        with testreg.patch(done.model, fit.slots(done.registers)), torch.no_grad():
+            assert cosine_similarity(done.model(photos(8)).logits, expected).mean() > 0.999
 
     def test_a_half_precision_model_stays_so(self):
         model, plan = planted("vit")
@@ -324,7 +348,7 @@ class TestRefusals:
     def test_outliers_that_stay(self, monkeypatch):
         model, plan = planted("vit")
 
-        def nothing(model, neurons, states, images):
+        def nothing(model, plan, states, images):
             return states[max(states)]
 
         monkeypatch.setattr(baked, "fit", nothing)

@@ -178,7 +178,7 @@ def bake(
         acting.remove()
     states = trajectory(original, plan, calibration)
     baked = copy.deepcopy(original)
-    registers = fit(baked, plan.neurons, states, calibration)
+    registers = fit(baked, plan, states, calibration)
     seed: Any = find_tower(baked).seed
     with torch.no_grad():
         joined = registers if seed is None else seed(registers)

@@ -62,12 +62,12 @@ def trajectory(model: nn.Module, plan: RegisterPlan, images: Inputs) -> dict[int
 
 
 @torch.no_grad()
-def fit(model: nn.Module, neurons: Mapping[int, tuple[int, ...]], states: dict[int, Tensor], images: Inputs) -> Tensor:
+def fit(model: nn.Module, plan: RegisterPlan, states: dict[int, Tensor], images: Inputs) -> Tensor:
     """Edit the weights of `model` so that registers which are there from the embeddings on follow `states`.
 
     Args:
         model: in float32 and without a patch; changed in place.
-        neurons: block -> register neurons, which are switched off.
+        plan: whose register neurons are switched off, or held at what `plan.rest` says, by the bias.
         states: what `trajectory` gives.
         images: processed inputs, by batches.
 
@@ -79,11 +79,14 @@ def fit(model: nn.Module, neurons: Mapping[int, tuple[int, ...]], states: dict[i
         Harmful: a register cannot be told from the other tokens.
     """
     tower = find_tower(model)
-    for block, row in neurons.items():
-        parts(tower, block).down.weight[:, list(row)] = 0
+    for block, row in plan.neurons.items():
+        down = parts(tower, block).down
+        if plan.rest is not None:
+            down.bias.add_(down.weight[:, list(row)] @ torch.tensor(plan.rest[block]))
+        down.weight[:, list(row)] = 0
     kinds, firsts = _kinds(torch.cat(list(states.values()), dim=-1))
     targets = {block: state[firsts] for block, state in states.items()}  # (kinds, channels)
-    oven = _Oven(model, tower, neurons, kinds, images)
+    oven = _Oven(model, tower, plan.neurons, kinds, images)
     first, last = min(targets), targets[max(targets)]
     norms = last.norm(dim=-1, keepdim=True)
     if first < 0:  # nobody is to be kept from seeing them
