@@ -223,7 +223,7 @@ def free(directory: str | Path, model: nn.Module, force: bool) -> Path:
         raise BadCheckpoint(f"{directory} is a file; a directory is needed.")
     try:
         place = next(folder for folder in target.parents if folder.exists())
-        with TemporaryDirectory(dir=place, prefix=".testreg-"):
+        with TemporaryDirectory(dir=place, prefix=f".{target.name}.testreg-"):
             pass
     except OSError as error:
         raise BadCheckpoint(f"{directory} could not be written: {error.strerror} in {place}.") from error
