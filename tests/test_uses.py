@@ -89,6 +89,15 @@ def upernet() -> tuple[nn.Module, dict]:
     return hf.UperNetForSemanticSegmentation(config), images()(2)
 
 
+def mask2former() -> tuple[nn.Module, dict]:
+    config = hf.Mask2FormerConfig(
+        backbone_config=hf.Dinov2Config(**DINO | {"num_hidden_layers": 4}, out_indices=[1, 2, 3, 4]),
+        hidden_dim=32, feature_size=32, mask_feature_size=32, encoder_layers=1, decoder_layers=2, num_attention_heads=4,
+        encoder_feedforward_dim=16, dim_feedforward=16, num_queries=4,
+    )  # fmt: skip
+    return hf.Mask2FormerForUniversalSegmentation(config), images(64, 64)(2)
+
+
 def dual_encoder() -> tuple[nn.Module, dict]:
     text = hf.BertConfig(vocab_size=64, hidden_size=CHANNELS, num_hidden_layers=2, num_attention_heads=4)
     config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(hf.ViTConfig(**VISION), text, projection_dim=16)
@@ -103,11 +112,16 @@ def open_clip_timm() -> tuple[nn.Module, dict]:
 
 INTERNVL = hf.InternVLVisionConfig(**VISION)
 IDEFICS3 = {**VISION, "model_type": "idefics3_vision"}
+TILES = {
+    "pixel_values": torch.randn(2, 2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)),
+    "image_sizes": torch.tensor([[32, 32], [32, 32]]),
+}
 HOLDERS = {
     "depth_anything": (depth_anything, "backbone", "dinov2"),
     "dpt": (dpt, "backbone", "dinov2"),
     "zoedepth": (zoedepth, "backbone.beit", "beit"),
     "upernet": (upernet, "backbone", "dinov2"),
+    "mask2former": (mask2former, "model.pixel_level_module.encoder", "dinov2"),
     "dual_encoder": (dual_encoder, "vision_model", "vit"),
     "open_clip_timm": (open_clip_timm, "trunk", "timm-vit"),
     "llava": (
@@ -119,13 +133,18 @@ HOLDERS = {
         vlm(
             "LlavaNextForConditionalGeneration", "LlavaNextConfig", CLIP, 36, vision_feature_layer=-1,
             image_grid_pinpoints=[[32, 32]],
-            inputs={
-                "pixel_values": torch.randn(2, 2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)),
-                "image_sizes": torch.tensor([[32, 32], [32, 32]]),
-            },
+            inputs=TILES,
         ),
         "model.vision_tower",
         "clip",
+    ),
+    "llava_onevision": (
+        vlm(
+            "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", SIGLIP, 36, vision_feature_layer=-1,
+            image_grid_pinpoints=[[32, 32]], inputs=TILES,
+        ),
+        "model.vision_tower",
+        "siglip",
     ),
     "paligemma": (
         vlm(
