@@ -11,6 +11,7 @@ from torch import nn
 
 from .errors import BadPlan
 from .families import find_tower
+from .offload import present
 from .plan import RegisterPlan
 
 ROUNDINGS = {
@@ -45,12 +46,13 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     widest = max((weight.dtype for weight in blocks[0].state_dict().values() if weight.dtype in ROUNDINGS), key=_width)
     digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[widest]}
     for index, block in enumerate(blocks):
-        for key, weight in sorted(block.state_dict().items()):
-            weight = weight.detach().cpu()
-            for dtype, digest in digests.items():
-                rounded = weight.to(dtype) if weight.is_floating_point() else weight
-                digest.update(f"{index}.{key}{tuple(rounded.shape)}".encode())
-                digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
+        with present(block):
+            for key, weight in sorted(block.state_dict().items()):
+                weight = weight.detach().cpu()
+                for dtype, digest in digests.items():
+                    rounded = weight.to(dtype) if weight.is_floating_point() else weight
+                    digest.update(f"{index}.{key}{tuple(rounded.shape)}".encode())
+                    digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
     return {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in digests.items()}
 
 

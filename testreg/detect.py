@@ -14,6 +14,7 @@ from .errors import BadPlan
 from .families import Tower, reach
 from .metrics.outliers import BlockNorms
 from .observe import run
+from .offload import present
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
 
@@ -99,19 +100,23 @@ def valley(norms: Norms) -> Threshold:
     return Threshold(times=float(value(low + middle)))
 
 
-def check_norm(norm: Any) -> None:
-    """Whether a threshold that a user set can be one.
+def check_threshold(norm: Any) -> None:
+    """Whether what a user set as threshold can be one.
 
     Raises:
         BadPlan: it cannot.
     """
-    if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < float("inf")):
+    if norm is None or isinstance(norm, Threshold):
+        return
+    if not (isinstance(norm, (int, float)) and 0 < norm < float("inf")):
         raise BadPlan(f"threshold must be a norm above 0, in the units of the residual stream, not {norm!r}.")
 
 
-def chosen(norms: Norms, norm: float | None) -> Threshold:
+def chosen(norms: Norms, wanted: float | Threshold | None) -> Threshold:
     """A threshold at a norm that a user set, at blocks where such patches stand out at all; by default the valley."""
-    return valley(norms) if norm is None else Threshold(APART, float(norm))
+    if isinstance(wanted, Threshold):
+        return wanted
+    return valley(norms) if wanted is None else Threshold(APART, float(wanted))
 
 
 @dataclass(frozen=True)
@@ -249,11 +254,12 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
     outliers, ordinary, spread = sums.means()  # (neurons,)
     at_outliers, at_ordinary, _ = stream.means()  # (channels,)
     away = torch.nn.functional.normalize(at_outliers - at_ordinary, dim=0)
-    scale = reach(tower.blocks[block], SCALES)
-    if isinstance(scale, Tensor):
-        away = away * scale.detach().double().cpu()
-    down: Any = tower.downs[block]
-    weight = down.weight.detach().double().cpu()  # (channels, neurons)
+    with present(tower.blocks[block]):
+        scale = reach(tower.blocks[block], SCALES)
+        if isinstance(scale, Tensor):
+            away = away * scale.detach().double().cpu()
+        down: Any = tower.downs[block]
+        weight = down.weight.detach().double().cpu()  # (channels, neurons)
     contrast = outliers - ordinary
     scores = outliers if by_activation else contrast * (away @ weight)
     selective = contrast.square() > SELECTIVE**2 * (ordinary.square() + spread.square())

@@ -78,9 +78,9 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
     tower = find_tower(model)
     module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
     weight = next(module.parameters())
+    device = "cpu" if weight.is_meta else weight.device  # accelerate takes them to where it loads the weights
     placed: dict[str, Any] = {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
+        name: value.to(device, weight.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
     names = inspect.signature(module.forward).parameters
     if "interpolate_pos_encoding" in names:

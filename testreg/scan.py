@@ -189,7 +189,7 @@ def look(model: nn.Module, tower: Tower, inputs: Mapping[str, Tensor]) -> Look:
 
     with outputs(tower, read):
         output = run(model, inputs, whole=True)
-    stacked = torch.stack(norms, dim=1)  # (images, blocks, patches)
+    stacked = torch.stack([row.to(norms[-1].device) for row in norms], dim=1)  # (images, blocks, patches)
     broken = ~stacked.isfinite().all(-1).all(0)
     if broken.any():
         raise TestregError(
