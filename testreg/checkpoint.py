@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -188,8 +188,14 @@ def load_base(path: str | Path, *, check: Callable[[Any], Any] = find_tower, **k
 
 
 def is_patched(path: str | Path) -> bool:
-    """Whether a directory holds a checkpoint with registers."""
-    return _config(Path(path).expanduser()).get("model_type") == MODEL_TYPE
+    """Whether a directory, or a name on the hub, holds a checkpoint with registers."""
+    directory = Path(path).expanduser()
+    if not directory.exists() and str(path).count("/") < 2:
+        try:
+            directory = Path(hf_hub_download(str(path), "config.json")).parent
+        except Exception:  # of the hub's client; whoever loads it says what is wrong
+            return False
+    return _config(directory).get("model_type") == MODEL_TYPE
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -228,11 +228,19 @@ def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force:
     free(out, model, force)
     plan = plan or _find(model, given, force=force)
     with install(model, plan):
-        threshold = plan.provenance.get("artefact", {}).get("norm")
-        after = inspect(model, given["images"], threshold=threshold, **_running(given))
+        after = inspect(model, given["images"], threshold=_threshold(plan), **_running(given))
         if leads():
             save(model, out, force=force)
     return plan, {"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()}
+
+
+def _threshold(plan: Any) -> Any:
+    """What an outlier was when the plan was found, so that before and after are counted alike."""
+    from .trial import Threshold
+
+    found = plan.provenance.get("artefact", {})
+    known = isinstance(found, Mapping) and isinstance(found.get("times"), float)
+    return Threshold(found["times"], found.get("norm")) if known else None
 
 
 def _load(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import language
-from .detect import Artefact, artefact, check_norm, chosen, largest_ratio, table
+from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .errors import UnsupportedModel
 from .families import Tower, find_tower, reach
 from .images import stream
@@ -112,7 +112,7 @@ def inspect(
     processor: Callable[..., Any] | None = None,
     batch_size: int = 16,
     workers: int = 0,
-    threshold: float | None = None,
+    threshold: float | Threshold | None = None,
     progress: bool = False,
 ) -> Inspection: ...
 @overload
@@ -124,7 +124,7 @@ def inspect(
     processor: Callable[..., Any] | None = None,
     batch_size: int = 16,
     workers: int = 0,
-    threshold: float | None = None,
+    threshold: float | Threshold | None = None,
     progress: bool = False,
     text: Any = None,
     tokenizer: Any = None,
@@ -140,7 +140,7 @@ def inspect(
     if text is not None:
         return language.inspect(model, text, tokenizer=tokenizer, batch_size=batch_size)
     tower = find_tower(model)
-    check_norm(threshold)
+    check_threshold(threshold)
     batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
 
     def decide(parts: list[Counted]) -> Inspection:

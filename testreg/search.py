@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .base import describe
 from .choose import Search, Wanted
-from .detect import Artefact, artefact, check_norm, chosen, largest_ratio, table
+from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .errors import BadImages, BadPlan, Harmful, ImagesSkipped, NoOutliers, TestregError
 from .families import Tower, find_tower
 from .images import Batch, ImageStream, stream
@@ -112,7 +112,7 @@ def find(
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
             "resolution": list(next(iter(sample)).inputs["pixel_values"].shape[-2:]),
-            "artefact": {**asdict(found), "threshold": str(found.threshold)},
+            "artefact": {**asdict(found), **asdict(found.threshold), "threshold": str(found.threshold)},
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
             "positions": list(search.ranking.positions),
@@ -268,7 +268,7 @@ def _check(wanted: Wanted, tower: Tower) -> None:
     for name, known in (("form", (None, "dynamic", "constant")), ("recipe", ("auto", "paper"))):
         if (value := getattr(wanted, name)) not in known:
             raise BadPlan(f"{name} must be one of {', '.join(filter(None, known))}, not {value!r}.")
-    check_norm(wanted.threshold)
+    check_threshold(wanted.threshold)
     pair: Any = wanted.blocks
     if pair is not None:
         right = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_whole(block, 0, last) for block in pair)

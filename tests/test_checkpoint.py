@@ -923,3 +923,11 @@ def test_a_strange_card_of_the_base_model_does_no_harm(front: str, plain: Path, 
     model = load_base(plain)
     testreg.patch(model, DYNAMIC)
     assert (testreg.save(model, tmp_path / "clean") / "README.md").stat().st_size
+
+
+def test_a_patched_name_on_the_hub_is_known_as_such(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "testreg"}))
+    monkeypatch.setattr(checkpoint, "hf_hub_download", lambda name, file: str(tmp_path / file))
+    assert is_patched("someone/vit-clean")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert not is_patched("someone/vit-clean")
