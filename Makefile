@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PINS)
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types docs bench clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/testreg demo --out demo --force
@@ -23,11 +23,14 @@ lint: $(VENV)/test-ready
 types: $(VENV)/test-ready
 	$(BIN)/mypy
 
+docs: $(VENV)/test-ready
+	$(BIN)/mkdocs build --strict --quiet -f .mkdocs.yml
+
 bench: $(VENV)/test-ready
 	$(BIN)/python -m tests.benchmarks.method
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
