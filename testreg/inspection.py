@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import language
+from .count import Counted, count, quiet, total
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .errors import UnsupportedModel
 from .families import Tower, find_tower, reach
@@ -18,7 +19,6 @@ from .metrics.outliers import BlockNorms
 from .metrics.sinks import EPSILON, received
 from .observe import observe, run
 from .parallel import share, shared
-from .search import Counted, count, quiet, total
 from .text_inspection import TextInspection
 from .trial import Threshold
 

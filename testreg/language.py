@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .count import quiet
 from .errors import TestregError, UnsupportedModel
 from .metrics.sinks import received, sink_rate
 from .observe import eager
-from .search import quiet
 from .text_inspection import FIRST, TextBlock, TextInspection
 from .tokens import SHORTEST, tokens
 

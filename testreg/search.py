@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import platform
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import reduce
-from operator import add
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -18,14 +14,15 @@ from tqdm import tqdm
 
 from .base import describe
 from .choose import Search, Wanted
+from .count import Counted, count, quiet, total
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
-from .errors import BadImages, BadPlan, Harmful, ImagesSkipped, NoOutliers, TestregError
+from .errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from .families import Tower, find_tower
-from .images import Batch, ImageStream, stream
+from .images import stream
 from .parallel import share, shared
 from .patch import active
 from .plan import MOST_REGISTERS, RegisterPlan
-from .scan import SAMPLE, Kept, Norms, Sample, scan
+from .scan import Kept, Norms, Sample
 from .trial import Bench, Score, Threshold
 
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
@@ -175,85 +172,6 @@ def split(sample: Sample, found: Artefact) -> tuple[list[Kept], list[Kept], list
         )
     ranked, tried, held = (images[hand::3] for hand in range(3))
     return ranked, tried, held
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What a share of the images does in the model.
-
-    Attributes:
-        skipped: how many images were broken.
-        names: the sum of all digests.
-    """
-
-    norms: Norms
-    sample: Sample
-    skipped: int
-    names: int
-
-    def __add__(self, other: Counted) -> Counted:
-        return Counted(
-            self.norms + other.norms,
-            self.sample + other.sample,
-            self.skipped + other.skipped,
-            self.names + other.names,
-        )
-
-    @property
-    def digest(self) -> str:
-        """Names all images, in whatever order and shares."""
-        return f"{self.names % 2**256:064x}"
-
-
-def count(model: nn.Module, tower: Tower, batches: ImageStream, progress: bool, size: int = SAMPLE) -> Counted:
-    """`scan`, with a progress bar."""
-    names = 0
-
-    def counting() -> Iterator[Batch]:
-        nonlocal names
-        with tqdm(total=batches.expected, desc="images", unit="", disable=not progress) as bar:
-            for batch in batches:
-                yield batch
-                names += sum(int(digest, 16) for digest in batch.digests)
-                bar.update(len(batch))
-
-    norms, sample = scan(model, tower, counting(), size)
-    _tell_skipped(batches)
-    return Counted(norms, sample, len(batches.skipped), names)
-
-
-def _tell_skipped(batches: ImageStream) -> None:
-    skipped, ignored = batches.skipped, batches.ignored
-    if skipped:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) + ("; ..." if skipped[3:] else "")
-        others = f", and {ignored} of other kinds" if ignored else ""
-        message = f"skipped {len(skipped)} of {len(skipped) + batches.count} image files{others}: {reasons}"
-        warnings.warn(message, ImagesSkipped, stacklevel=2)
-
-
-def total(parts: list[Counted], batches: ImageStream) -> Counted:
-    """All shares of the images together.
-
-    Raises:
-        BadImages: there is no image in any of them.
-    """
-    counted = reduce(add, parts)
-    if not counted.norms.images:
-        raise BadImages(batches.nothing())
-    return counted
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the `with`; every module's mode as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check(wanted: Wanted, tower: Tower) -> None:

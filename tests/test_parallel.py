@@ -14,11 +14,11 @@ from torch import distributed, multiprocessing
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import testreg
+from testreg.count import count, quiet, total
 from testreg.families import find_tower
 from testreg.images import stream
 from testreg.parallel import Lost
 from testreg.planted import plant
-from testreg.search import count, quiet, total
 
 IMAGES, BATCH = 40, 4
 HISTOGRAMS = ("norms", "ratios", "peaks", "highest")

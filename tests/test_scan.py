@@ -8,11 +8,11 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from testreg.count import quiet
 from testreg.errors import TestregError
 from testreg.families import find_tower
 from testreg.images import Batch, stream
 from testreg.scan import Histogram, Kept, Norms, Sample, look, scan
-from testreg.search import quiet
 
 BLOCKS = 3
 HISTOGRAMS = ("norms", "ratios", "peaks", "highest")

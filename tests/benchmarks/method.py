@@ -24,13 +24,14 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 import testreg
 from testreg import RegisterPlan
 from testreg.choose import Search, Wanted
+from testreg.count import quiet
 from testreg.detect import valley
 from testreg.families import find_tower
 from testreg.images import stream
 from testreg.observe import run
 from testreg.planted import plant
 from testreg.scan import scan
-from testreg.search import located, quiet, split
+from testreg.search import located, split
 from testreg.trial import Bench
 
 ASSETS = Path(os.environ.get("TESTREG_ASSETS") or Path(__file__).parents[3] / "shared")

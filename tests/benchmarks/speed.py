@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import testreg
+from testreg.count import quiet
 from testreg.families import find_tower
 from testreg.images import stream
 from testreg.observe import run
 from testreg.planted import plant
 from testreg.scan import patch_norms, scan
-from testreg.search import quiet
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SHAPES = {"Ti": (192, 12, 3), "B": (768, 12, 12), "L": (1024, 24, 16)}  # channels, blocks, heads
