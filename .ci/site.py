@@ -1,4 +1,4 @@
-"""What the site needs beyond the pages: source files that pages link to, as pages of their own, and formulas as MathML."""
+"""What the site needs beyond the pages: source files that they link to, as pages, and formulas as MathML."""
 
 import html
 import json
@@ -9,7 +9,8 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).parents[1]
 OUTSIDE = re.compile(r"(\]\()\.\./([^)#\s]+)")  # a link from docs/ to another folder of the repository
@@ -23,15 +24,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         source = REPOSITORY / path
         if not source.is_file():
             raise PluginError(f"a page links to ../{path}, which is no file of the repository")
-        files.append(File.generated(config, _page(path), content=_as_page(source)))
+        files.append(File.generated(config, _page(path), content=_as_page(source), inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
-def on_nav(nav: Any, **_: Any) -> Any:
-    return nav
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    if page.file.src_uri.startswith("source/"):
+        return markdown
     return OUTSIDE.sub(lambda link: link[1] + _page(link[2]), markdown)
 
 
@@ -53,4 +52,4 @@ def _as_page(source: Path) -> str:
         return f"{title}````{source.suffix.removeprefix('.')}\n{text}````\n"
     cells = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(text)["cells"]]
     parts = [cell if kind == "markdown" else f"```python\n{cell}\n```" for cell, kind in cells]
-    return title + re.sub(r"^#", "##", OUTSIDE.sub(r"\g<1>../../\g<2>", "\n\n".join(parts)), flags=0)
+    return "\n\n".join(parts).replace("](../docs/", "](../../")
