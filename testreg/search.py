@@ -52,6 +52,10 @@ def find(
 
     Nothing needs to be set: 16 to 64 photos of any kind, without labels, are enough. The model is left as it was.
 
+    Where `torch.distributed` is initialised, every process calls this with the same images and a copy of the model:
+    each looks at its share, the first one decides, and all get the same plan. The command line does it under
+    `torchrun -m testreg find` and `accelerate launch -m testreg find`.
+
     Args:
         model: a Vision Transformer, or a model that holds one, unpatched.
         images: see `testreg.images.stream`; at least 6 different ones.
