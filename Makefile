@@ -24,10 +24,11 @@ types: $(VENV)/test-ready
 	$(BIN)/mypy
 
 docs: $(VENV)/test-ready
-	$(BIN)/mkdocs build --strict --quiet -f .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
 
 bench: $(VENV)/test-ready
-	$(BIN)/python -m tests.benchmarks.method
+	$(BIN)/python -m tests.benchmarks.speed
+	$(BIN)/python -m tests.benchmarks.method cost
 
 clean:
 	rm -rf $(VENV) demo site
