@@ -82,13 +82,13 @@ def plans(shape: str, registers: int) -> dict[str, testreg.RegisterPlan]:
 
 
 def paired(arms: dict[str, Arm], seconds: float, most: int = 200) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of every arm in every turn; turns until `seconds` are over, three at least."""
+    """Wall and CPU seconds of every arm in every turn; turns until `seconds` are over, seven at least."""
     for arm in arms.values():
         arm()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     end, turn = time.perf_counter() + seconds, 0
     names = list(arms)
-    while turn < 3 or (time.perf_counter() < end and turn < most):
+    while turn < 7 or (time.perf_counter() < end and turn < most):
         for name in names if turn % 2 == 0 else reversed(names):  # nobody is always the one after a certain other
             wall, cpu = time.perf_counter(), time.process_time()
             arms[name]()
@@ -108,7 +108,7 @@ def table(head: Row, rows: Iterator[Row] | list[Row]) -> list[str]:
     for row in rows:
         lines.append("| " + " | ".join(row) + " |")
         print(lines[-1], flush=True)
-    return [*lines, ""]
+    return lines
 
 
 def apart(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
@@ -191,10 +191,8 @@ def breaks() -> list[str]:
 
 def memory(shape: str, pixels: int, batch: int, form: str) -> float:
     """MiB that forward passes take on top of weights and interpreter, in the process that calls this."""
-    model, images = vit(shape, pixels), torch.randn(batch, 3, pixels, pixels)
-    if form == "native":
-        model = twin(model, shape, pixels, 1)
-    elif form != "unpatched":
+    model, images = vit(shape, pixels, native=form == "native"), torch.randn(batch, 3, pixels, pixels)
+    if form in ("dynamic", "constant"):
         testreg.patch(model, plans(shape, 1)[form])
     with torch.inference_mode():
         for _ in range(3):
@@ -382,11 +380,11 @@ def cuda(seconds: float) -> list[str]:
     """The same on a GPU."""
     if not CUDA:
         print("\nCUDA: skipped, since this machine has no GPU", flush=True)
-        return ["Skipped: the machine of this run has no GPU.", ""]
+        return ["Skipped: the machine of this run has no GPU."]
     lines: list[str] = []
     settings = [(shape, pixels, batch, "bfloat16") for shape in SHAPES for pixels in (224, 518) for batch in (1, 32)]
     for mode in ("", "default", "reduce-overhead"):
-        lines += [f"### {mode or 'eager'}, bfloat16, sdpa", "", *forwards(settings, seconds, "cuda", mode)]
+        lines += ["", f"### {mode or 'eager'}, bfloat16, sdpa", "", *forwards(settings, seconds, "cuda", mode)]
     return lines
 
 
@@ -423,20 +421,21 @@ def main() -> None:
         "Growth": lambda: growth(seconds / 2),
         "CUDA": lambda: cuda(seconds),
     }
-    lines = [
-        "# Benchmarks",
-        "",
-        *str(__doc__).strip().splitlines(),
-        "",
-        machine(),
-        "",
-        f"`{' '.join(['python -m tests.benchmarks.speed', *sys.argv[1:]])}`",
-        "",
-    ]
+    command = " ".join(["python -m tests.benchmarks.speed", *sys.argv[1:]])
+    done = earlier(given.out)
     for title, section in sections.items():
         if re.search(given.only, title):
-            lines += [f"## {title}", "", *section()]
+            done[title] = [f"`{command}`", "", *section()]
+            lines = ["# Benchmarks", "", *str(__doc__).strip().splitlines(), "", machine()]
+            for name in filter(done.__contains__, sections):
+                lines += ["", f"## {name}", "", *done[name]]
             given.out.write_text("\n".join(lines).rstrip() + "\n")  # what there is so far
+
+
+def earlier(file: Path) -> dict[str, list[str]]:
+    """The sections that an earlier run wrote, which stay where they are not run again."""
+    parts = file.read_text().split("\n## ")[1:] if file.exists() else []
+    return {part.split("\n")[0]: part.rstrip().split("\n")[2:] for part in parts}
 
 
 if __name__ == "__main__":
