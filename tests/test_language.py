@@ -107,6 +107,9 @@ def test_a_sink_that_is_not_the_first_token():
     assert max(found.rates) == 0
     assert found.elsewhere == pytest.approx(9 / 16)
     assert "a token behind the first 4 gets" in found.verdict
+    drawn = ids(sink=False)
+    drawn[:, 31] = SINK  # gets 0.4 from the 33 queries that can see it, which is 0.2 from all 64
+    assert inspect(plant(built(llama), logit=3.5), drawn).elsewhere == pytest.approx(9 / 16)
 
 
 def test_no_sink_where_none_is_planted():
