@@ -6,6 +6,7 @@ over images, so that intervals and differences between arms can be drawn from th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ Measures = dict[str, Measure]
 
 
 @dataclass
-class Task:
+class Task(ABC):
     """Base of all tasks.
 
     Attributes:
@@ -67,13 +68,13 @@ class Task:
     def samples(self, data: str | Path) -> list[Sample]:
         return labels.photos(data)
 
+    @abstractmethod
     def look(self, arm: Arm, samples: Iterable[Sample]) -> Any:
         """Run the arm's model, as it is now, over the samples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, seen: Any, unpatched: Any) -> Measures:
         """Measures of what an arm saw, given what the unpatched one did."""
-        raise NotImplementedError
 
     def floor(self, samples: list[Sample], unpatched: Any) -> Measures:
         """What answers that look at no photo score."""
