@@ -167,7 +167,7 @@ def test_images_of_several_shapes():
         ({"threshold": 60.0}, lambda plan: plan.provenance["artefact"]["threshold"] == "norm 60"),
         ({"recipe": "paper", "top_k": 3, "registers": 2}, lambda plan: (len(plan.pairs), plan.registers) == (3, 2)),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 def test_whatever_is_wanted_is_kept(planted_vit, wanted, check):
     model, planted = planted_vit
