@@ -191,7 +191,7 @@ def breaks() -> list[str]:
 
 def memory(shape: str, pixels: int, batch: int, form: str) -> float:
     """MiB that forward passes take on top of weights and interpreter, in the process that calls this."""
-    model, images = vit(shape, pixels, native=form == "native"), torch.randn(batch, 3, pixels, pixels)
+    model, images = vit(shape, pixels, native=int(form == "native")), torch.randn(batch, 3, pixels, pixels)
     if form in ("dynamic", "constant"):
         testreg.patch(model, plans(shape, 1)[form])
     with torch.inference_mode():
