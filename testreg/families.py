@@ -261,6 +261,7 @@ def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
             )
         downs.append(down)
         attentions.append(attention)
+    seed = reach(module, family.seed) if family.seed else None
     return Tower(
         path=path,
         family=name,
@@ -269,7 +270,7 @@ def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
         blocks=blocks,
         downs=tuple(downs),
         attentions=tuple(attentions),
-        seed=reach(module, family.seed) if family.seed else None,
+        seed=None if isinstance(seed, nn.Identity) else seed,
         prefix=family.prefix + (int(reach(module, family.prefix_from)) if family.prefix_from else 0),
         channels=int(downs[0].out_features),
         neurons=tuple(int(down.in_features) for down in downs),

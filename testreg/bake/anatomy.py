@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
@@ -37,16 +38,19 @@ class Parts:
 NAMES: dict[str, tuple[str, ...]] = {
     "norm1": ("layernorm_before", "norm1", "layer_norm1"),
     "norm2": ("layernorm_after", "norm2", "layer_norm2"),
-    "gate": ("mlp.gate_proj", "mlp.fc1", "intermediate.dense"),
-    "scale1": ("layer_scale1.lambda1",),
-    "scale2": ("layer_scale2.lambda1",),
+    "gate": ("mlp.gate_proj", "mlp.fc1_g", "mlp.fc1", "intermediate.dense"),
+    "up": ("mlp.up_proj", "mlp.fc1_x"),
+    "scale1": ("layer_scale1.lambda1", "ls1.gamma", "gamma_1"),
+    "scale2": ("layer_scale2.lambda1", "ls2.gamma", "gamma_2"),
 }
 ATTENTION: dict[str, tuple[str, ...]] = {
     "query": ("q_proj", "query", "attention.query"),
     "key": ("k_proj", "key", "attention.key"),
     "value": ("v_proj", "value", "attention.value"),
-    "out": ("o_proj", "out_proj", "output.dense"),
+    "out": ("o_proj", "out_proj", "output.dense", "proj"),
 }
+
+BLOCKS, ATTENTIONS = ("Block", "EvaBlock"), ("Attention", "EvaAttention", "AttentionRope")  # of timm, that are alike
 
 
 def parts(tower: Tower, index: int) -> Parts:
@@ -61,8 +65,11 @@ def parts(tower: Tower, index: int) -> Parts:
     around = [tower.attentions[index], getattr(block, "attention", None)]
     for part, names in ATTENTION.items():
         found[part] = next((value for value in (_first(module, names) for module in around if module) if value), None)
-    found |= {"up": reach(block, "mlp.up_proj"), "down": tower.downs[index]}
-    found["heads"] = reach(tower.module, "config.num_attention_heads")
+    found["down"] = tower.downs[index]
+    if tower.row.package == "timm":
+        _of_timm(found, block, tower.attentions[index])
+    else:
+        found["heads"] = reach(tower.module, "config.num_attention_heads")
     missing = [part for part, value in found.items() if value is None and part not in ("up", "scale1", "scale2")]
     if missing or found["down"].bias is None or found["gate"].bias is None:
         raise UnsupportedModel(
@@ -70,6 +77,52 @@ def parts(tower: Tower, index: int) -> Parts:
             f"read, so its patch cannot be made of weights alone: testreg.save keeps it in a checkpoint with code."
         )
     return Parts(**found)
+
+
+def turned(attention: Any, tokens: Tensor, rope: Tensor) -> Tensor:
+    """Queries or keys `(heads, images, tokens, width)` behind the rotation that timm's `attention` does by `rope`."""
+    from timm.layers import apply_rot_embed_cat
+
+    fixed = attention.num_prefix_tokens
+    patches = tokens[:, :, fixed:].transpose(0, 1)  # (images, heads, patches, width), as timm has them
+    patches = apply_rot_embed_cat(patches, rope, half=getattr(attention, "rotate_half", False))
+    return torch.cat([tokens[:, :, :fixed], patches.transpose(0, 1)], dim=2)
+
+
+def _of_timm(found: dict[str, Any], block: Any, attention: Any) -> None:
+    """The rest of a timm block's parts: linears that lie in one are parts of it, with its memory.
+
+    Raises:
+        UnsupportedModel: the algebra does not hold in it.
+    """
+    keys = reach(attention, "num_kv_heads") or attention.num_heads
+    between = [module for module in (reach(attention, "q_norm"), reach(block, "mlp.norm")) if module is not None]
+    plain = type(block).__name__ in BLOCKS and type(attention).__name__ in ATTENTIONS and keys == attention.num_heads
+    norms = all(isinstance(found[name], nn.LayerNorm) and found[name].bias is not None for name in ("norm1", "norm2"))
+    if not (plain and norms and all(isinstance(module, nn.Identity) for module in between)):
+        raise UnsupportedModel(
+            f"{type(block).__name__} with {type(attention).__name__} is not LayerNorm, attention, LayerNorm, MLP with "
+            f"nothing between (no norm of queries, keys or neurons), so its patch cannot be made of weights alone."
+        )
+    found["heads"] = attention.num_heads
+    if (qkv := reach(attention, "qkv")) is not None:
+        apart = [reach(attention, name) for name in ("q_bias", "k_bias", "v_bias")]
+        bias = qkv.bias if apart[0] is None else torch.cat(apart)
+        found |= zip(("query", "key", "value"), _split(qkv.weight, bias, 3), strict=True)
+    gate = found["gate"]
+    if gate.out_features == 2 * found["down"].in_features:
+        order = ("up", "gate") if block.mlp.gate_last else ("gate", "up")
+        found |= zip(order, _split(gate.weight, gate.bias, 2), strict=True)
+
+
+def _split(weight: Tensor, bias: Tensor | None, count: int) -> list[nn.Linear]:
+    linears = []
+    for index, rows in enumerate(weight.detach().chunk(count)):
+        linear = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(rows)
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().chunk(count)[index]))
+        linears.append(linear)
+    return linears
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> Any:

@@ -23,7 +23,7 @@ from ..families import find_tower
 from ..images import processor_for, stream
 from ..patch import active, check
 from ..plan import RegisterPlan
-from . import stock
+from . import of_timm, stock
 from .drift import Drift, measure
 from .fit import fit, slots, trajectory
 
@@ -57,6 +57,8 @@ class Baked:
         tower = find_tower(self.model)
         if self.library == "transformers":
             return stock.to_transformers(self.model, tower, self.registers)
+        if tower.family in of_timm.SLOTS:
+            return of_timm.with_slots(tower, self.registers)
         import timm
 
         weights, config = stock.to_timm(self.model, tower, self.registers)
@@ -81,6 +83,10 @@ class Baked:
             stock.to_transformers(self.model, tower, self.registers).save_pretrained(build)
             if self.processor is not None:
                 self.processor.save_pretrained(build)
+        elif tower.family in of_timm.SLOTS:
+            from timm.models import save_for_hf
+
+            save_for_hf(self.stock(), str(build), {"testreg": self.summary()}, safe_serialization=True)
         else:
             weights, config = stock.to_timm(self.model, tower, self.registers, self.processor)
             config["testreg"] = self.summary()
@@ -145,7 +151,8 @@ def bake(
     """Make the weights of a copy of `model` do what `plan` does, for an architecture with register slots.
 
     Args:
-        model: a ViT, DeiT, CLIP, SigLIP or DINOv2 of transformers, alone or under a head. A patch on it is left out.
+        model: a ViT, DeiT, CLIP, SigLIP or DINOv2 of transformers, alone or under a head, or a VisionTransformer or Eva
+            of timm, as `timm.create_model` made it. A patch on it is left out.
         plan: dynamic or constant. Where registers fire register neurons themselves, their mean state after each such
             block is baked, which for dynamic ones takes the place of what the image says.
         images: at least 8 different ones, unlabelled; see `testreg.images.stream`. Every other one is held out, and the

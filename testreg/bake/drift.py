@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import find_tower
+from ..families import Tower, find_tower, reach
 from ..observe import observe, run
 from ..patch import patch
 from ..plan import RegisterPlan
@@ -111,18 +111,20 @@ def _look(model: nn.Module, plan: RegisterPlan | None, inputs: dict[str, Tensor]
     norms = torch.stack([state[:, tower.prefix :].norm(dim=-1) for state in seen.states.values()], dim=1)
     ratio = norms / norms.median(dim=-1, keepdim=True).values  # (images, blocks, patches)
     patches = seen.states[last][:, tower.prefix :]
-    answer, classes = _answer(output, tower.prefix)
+    answer, classes = _answer(output, tower)
     return _Look(ratio.amax(dim=(1, 2)), patches, answer, classes)
 
 
-def _answer(output: Any, prefix: int) -> tuple[Tensor, bool]:
+def _answer(output: Any, tower: Tower) -> tuple[Tensor, bool]:
+    if isinstance(output, Tensor):  # timm's
+        return (output if output.ndim == 2 else output[:, 0]), reach(tower.module, "num_classes") > 0
     for name in ("logits", "image_embeds", "pooler_output"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor) and value.ndim == 2:
             return value, name == "logits"
     tokens = getattr(output, "last_hidden_state", None)
     if isinstance(tokens, Tensor) and tokens.ndim == 3:
-        return (tokens[:, 0] if prefix else tokens.mean(1)), False
+        return (tokens[:, 0] if tower.prefix else tokens.mean(1)), False
     maps = output.feature_maps[-1]  # of a backbone, (images, channels, height, width) or (images, tokens, channels)
     return maps.flatten(1), False
 

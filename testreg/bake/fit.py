@@ -15,7 +15,7 @@ from ..observe import run
 from ..patch import patch
 from ..plan import RegisterPlan
 from . import algebra
-from .anatomy import Parts, parts
+from .anatomy import Parts, parts, turned
 
 ROWS = 32768  # sampled queries, of all early blocks and heads together
 SAME = 0.01  # of its norm: how far apart states are that need not be told apart
@@ -137,11 +137,14 @@ class _Oven:
             with _Tap() as tap:
                 for block in blocks:
                     tap.output(block, parts(self.tower, block).norm1)
+                    if self.tower.row.rope:  # kept under the block's complement
+                        tap.keyword(~block, self.tower.attentions[block], self.tower.row.rope)
                 run(self.model, inputs)
             for block in blocks:
                 part, tokens = parts(self.tower, block), tap.seen[block].flatten(0, 1)  # (batch * tokens, channels)
                 picked = torch.randperm(len(tokens), generator=random)[:samples]
-                queries, masses = _queries(part, tap.seen[block], picked)
+                rope = tap.seen.get(~block)
+                queries, masses = _queries(part, tap.seen[block], picked, self.tower.attentions[block], rope)
                 found.append(
                     algebra.odds(queries, masses, part.key.weight, _bias(part.key), part.norm1.weight, part.norm1.bias)
                 )
@@ -222,6 +225,13 @@ class _Tap:
     def output(self, name: int, module: nn.Module) -> None:
         self.handles.append(module.register_forward_hook(lambda _, args, output: self.seen.update({name: output})))
 
+    def keyword(self, name: int, module: nn.Module, word: str) -> None:
+        def keep(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs.get(word) is not None:
+                self.seen[name] = kwargs[word]
+
+        self.handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+
     def input(self, name: int, module: nn.Module) -> None:
         self.handles.append(module.register_forward_pre_hook(lambda _, args: self.seen.update({name: args[0]})))
 
@@ -233,12 +243,18 @@ def _kinds(states: Tensor) -> tuple[Tensor, Tensor]:
     return kinds, firsts
 
 
-def _queries(part: Parts, tokens: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries of the `picked` among all tokens `(heads, picked, width)`, and the log masses of their attention."""
+def _queries(
+    part: Parts, tokens: Tensor, picked: Tensor, attention: nn.Module, rope: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries of the `picked` among all tokens `(heads, picked, width)`, and the log masses of their attention.
+
+    Both are those behind the rotation by `rope`, which no register has a part in.
+    """
     images, count, _ = tokens.shape
 
     def split(projected: Tensor) -> Tensor:  # (images, tokens, channels) -> (heads, images, tokens, width)
-        return projected.view(images, count, part.heads, -1).permute(2, 0, 1, 3)
+        by_heads = projected.view(images, count, part.heads, -1).permute(2, 0, 1, 3)
+        return by_heads if rope is None else turned(attention, by_heads, rope)
 
     queries, keys = split(part.query(tokens)), split(part.key(tokens))
     queries = queries * queries.shape[-1] ** -0.5

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..families import Tower, reach
+from . import of_timm
 from .anatomy import parts
 
 LIBRARIES: dict[str, tuple[str, ...]] = {  # family -> who has its architecture with register slots, the default first
@@ -21,6 +22,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {  # family -> who has its architecture 
     "clip": ("timm",),
     "metaclip-2": ("timm",),
     "siglip": ("timm",),
+    "timm-vit": ("timm",),
+    "timm-eva": ("timm",),
 }
 # timm builds any width and depth from any of these; the name only says what the numbers are close to.
 ARCHITECTURES = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 1024: "vit_large_patch16_224"}
@@ -49,6 +52,8 @@ def library_for(tower: Tower, wanted: str | None = None) -> str:
             f"made of weights alone (families that can: {', '.join(LIBRARIES)}): testreg.save keeps it in a checkpoint "
             f"with code."
         )
+    if tower.family in of_timm.SLOTS:
+        of_timm.check(tower)
     return wanted or offered[0]
 
 
