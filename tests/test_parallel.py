@@ -112,6 +112,7 @@ def worker(rank, folder, what, results):
     """One of two processes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = tiny(planted=what != "no artefact")
 
