@@ -20,11 +20,7 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
         base: hub name or directory name of the unpatched model.
         source: its own model card, from which the licence is carried over.
     """
-    known = front_matter(source)
-    data = ModelCardData(
-        base_model=base or None, library_name="transformers", tags=["testreg", "test-time-registers"], **known
-    )
-    licence = known.get("license_name") or known.get("license")
+    data, licence = metadata(base, "transformers", source)
     lines = [
         f"# {base or architecture} with test-time registers",
         "",
@@ -62,13 +58,19 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
-def front_matter(source: Path | None) -> dict[str, Any]:
-    """What a base model's card says that holds for a patched model too: its licence, its task, its data."""
+def metadata(base: str, library: str, source: Path | None) -> tuple[ModelCardData, str | None]:
+    """The front matter of a card, and the name of the licence.
+
+    What the base model's own card, `source`, says of its licence, its task and its data holds here too.
+    """
     try:
         values = ModelCard.load(source).data.to_dict() if source else {}
     except Exception:  # a stranger's YAML; a card is no reason to fail
         values = {}
-    return {key: values[key] for key in CARRIED if values.get(key) is not None}
+    known = {key: values[key] for key in CARRIED if values.get(key) is not None}
+    tags = ["testreg", "test-time-registers"]
+    data = ModelCardData(base_model=base or None, library_name=library, tags=tags, **known)
+    return data, known.get("license_name") or known.get("license")
 
 
 def _table(provenance: Mapping[str, Any]) -> list[str]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import base
 from ..atomic import replacing
-from ..card import front_matter
+from ..card import metadata
 from ..checkpoint import free, load, load_base, source_files
 from ..errors import BadCheckpoint, BadImages, BadPlan, Harmful
 from ..families import find_tower
@@ -106,16 +106,12 @@ class Baked:
         model: Any = self.model
         name = base.name(model)
         files = source_files(model) if getattr(model, "config", None) is not None else {}
-        known = front_matter(files.get("README.md"))
-        data = ModelCardData(
-            base_model=name or None, library_name=self.library, tags=["testreg", "test-time-registers"], **known
-        )
+        data, licence = metadata(name, self.library, files.get("README.md"))
         load = (
             'AutoModel.from_pretrained("PATH_OR_HUB_NAME")  # from transformers'
             if self.library == "transformers"
             else 'timm.create_model("local-dir:PATH", pretrained=True)  # or "hf-hub:NAME"'
         )
-        licence = known.get("license_name") or known.get("license")
         lines = [
             f"# {name or type(model).__name__} with registers in its weights",
             "",
