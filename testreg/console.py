@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,33 +24,44 @@ INTERRUPTED = 130  # as shells have it
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
 
 
+class Command(click.Command):
+    """A command whose arguments are right."""
+
+    def invoke(self, context: click.Context) -> Any:
+        _import_torch()
+        return super().invoke(context)
+
+
 class Commands(click.Group):
     """Ends errors in one sentence; `--debug` shows the traceback instead."""
+
+    command_class = Command
 
     def invoke(self, context: click.Context) -> Any:
         for name, value in QUIET.items():
             if name != "HF_HUB_DISABLE_PROGRESS_BARS" or not sys.stderr.isatty():
                 os.environ.setdefault(name, value)
-        with _processes() as leads, _own_warnings():
-            try:
+        leads = _first()
+        try:
+            with _processes(), _own_warnings():
                 return super().invoke(context)
-            except KeyboardInterrupt:
-                code, words = INTERRUPTED, "interrupted."
-            except TestregError as error:
-                if context.params.get("debug"):
-                    raise
-                code = next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1)
-                leads = leads or type(error).__name__ == "Lost"  # all processes end in the same error: one says it
-                words = str(error)
-            except (click.ClickException, click.Abort, click.exceptions.Exit):
+        except KeyboardInterrupt:
+            code, words = INTERRUPTED, "interrupted."
+        except TestregError as error:
+            if context.params.get("debug"):
                 raise
-            except Exception as error:
-                if context.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:  # click ends pipes
-                    raise
-                code, words = 1, _unexpected(error)
-            if leads:
-                click.echo(f"testreg: {words}", err=True)
-            raise SystemExit(code)
+            code = next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1)
+            leads = leads or type(error).__name__ == "Lost"  # all processes end in the same error: one says it
+            words = str(error)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if context.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:  # click ends pipes
+                raise
+            code, words = 1, _unexpected(error)
+        if leads:
+            click.echo(f"testreg: {words}", err=True)
+        raise SystemExit(code)
 
 
 def writable(file: Path | None) -> None:
@@ -92,10 +105,38 @@ def _own_warnings() -> Iterator[None]:
         yield
 
 
+def _first() -> bool:
+    """Whether this is the first of the processes that torchrun or accelerate started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _processes() -> AbstractContextManager[bool]:
-    """Whether this process is the first of those that torchrun or accelerate started, or the only one."""
+    """Inside the `with`, the processes that torchrun or accelerate started know each other."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return nullcontext(True)
+    _import_torch()
     from .parallel import launched
 
     return launched()
+
+
+def _import_torch() -> None:
+    """Import torch, which takes a second, in which Ctrl-C ends the process at once.
+
+    The usual exception would go through the C++ code that is being set up, which answers by aborting.
+    """
+    usual = signal.default_int_handler  # where a shell has background jobs ignore Ctrl-C, they go on
+    ours = signal.getsignal(signal.SIGINT) is usual and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, _end)
+    try:
+        import torch  # noqa: F401
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)
+
+
+def _end(*_: Any) -> None:
+    if _first():
+        os.write(2, b"testreg: interrupted.\n")
+    os._exit(INTERRUPTED)

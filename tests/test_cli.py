@@ -495,6 +495,32 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(model, photos, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many"]
 
 
+def test_ctrl_c_while_torch_is_imported_ends_at_once(tmp_path):
+    """Torch is set up by C++ code, which aborts on an exception of Python's: so none may be raised there."""
+    (tmp_path / "torch.py").write_text(
+        "import os, time\nprint('begun', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    os.abort()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    child = start("inspect", "model", "--images", "photos", env={**os.environ, "PYTHONPATH": path},
+                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (130, "", "testreg: interrupted.\n")
+
+
+def test_help_and_wrong_usage_wait_for_no_library():
+    code = """
+import sys
+from click.testing import CliRunner
+from testreg.cli import main
+asked = [["--help"], ["--version"], ["patc"], ["find"], *([name, "--help"] for name in main.commands)]
+assert [CliRunner().invoke(main, words).exit_code for words in asked] == [0, 0, 2, 2] + [0] * len(main.commands)
+assert not {"torch", "transformers", "numpy", "matplotlib"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def _links(folder):
     for link in Path(folder).iterdir():
         try:
