@@ -39,9 +39,6 @@ __all__ = [
     "save",
 ]
 
-registration.register()
-
-
 # Loaded when first used: torch and transformers take seconds to import, which `testreg --help` must not.
 LAZY = {
     "FAMILIES": "families",
@@ -76,4 +73,5 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
 
-sys.modules[__name__].__class__ = _Package
+sys.modules[__name__].__class__ = _Package  # before anything is imported
+registration.register()

@@ -10,11 +10,11 @@ import testreg
 
 def fresh(code):
     """Run code in a process of its own."""
-    subprocess.run([sys.executable, "-c", f"import sys, testreg\n{code}"], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_waits_for_no_library():
-    fresh("assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
+    fresh("import sys, testreg\nassert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
 
 
 def test_every_public_name_is_there():
@@ -27,8 +27,9 @@ def test_every_public_name_is_there():
 
 
 def test_patch_is_the_function_whoever_imports_the_module_of_that_name():
-    fresh("import testreg.patch\nassert testreg.patch is sys.modules['testreg.patch'].patch")
+    fresh("import sys, testreg.patch\nassert testreg.patch is sys.modules['testreg.patch'].patch")
     fresh("import testreg.search\nassert callable(testreg.patch) and callable(testreg.inspect)")
+    fresh("from transformers import AutoConfig\nimport testreg\nassert callable(testreg.patch)")
     fresh("from testreg import patch\nassert callable(patch)\nfrom testreg import patch\nassert callable(patch)")
 
 
