@@ -1,4 +1,4 @@
-"""A directory that is either the old one or the new one, whole, at every moment."""
+"""A directory, or a file, that is either the old one or the new one, whole, at every moment."""
 
 from __future__ import annotations
 
@@ -49,6 +49,27 @@ def replacing(target: Path) -> Iterator[Path]:
         if handle is not None:
             os.close(handle)
         shutil.rmtree(build, ignore_errors=True)  # the unfinished directory, or the old one
+
+
+@contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """A new file beside `file`, of the same ending, to write; it takes its place when the `with` ends without an exception.
+
+    A link stays one; a device or a pipe is written itself.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written. The file is what it was.
+    """
+    target = file.resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    build = target.with_name(f".{target.stem}.testreg-{secrets.token_hex(4)}{target.suffix}")
+    try:
+        yield build
+        os.replace(build, target)
+    finally:
+        build.unlink(missing_ok=True)
 
 
 def _prefix(target: Path) -> str:

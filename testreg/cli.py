@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from . import text
-from .console import Commands, writable
+from .console import Commands, writable, writing
 from .errors import TestregError
 
 DEMO = """This is a demonstration: {model} is a small random Vision Transformer
@@ -118,9 +118,12 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     from .parallel import leads
 
     writable(out)
+    if out and out.is_file() and not _holds_plan(out):
+        raise TestregError(f"{out} is there and holds no plan; nothing else is replaced. Give another --out.")
     plan = _find(_load(model, given), given, force=force)
     if out and leads():
-        plan.save(out)
+        with writing(out) as file:
+            plan.save(file)
     if as_json:
         return _print_json(plan.to_dict())
     told = plan.provenance
@@ -177,15 +180,14 @@ def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, 
     testreg show vit-clean photos/one.jpg photos/two.jpg --out before_after.png
     """
     from . import RegisterPlan
+    from .show import PICTURES
     from .show import show as draw
 
-    writable(out)
+    writable(out, PICTURES)
     plan = RegisterPlan.load(plan_file) if plan_file else None
     figure = draw(_load(model, given, patched=True), plan, list(images))
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise TestregError(f"{out} cannot be written as a picture: {error}") from error
+    with writing(out) as file:
+        figure.savefig(file, dpi=150)
     if as_json:
         return _print_json({"picture": str(out)})
     _say(f"Picture in {out}.")
@@ -232,6 +234,16 @@ def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force:
         if leads():
             save(model, out, force=force)
     return plan, {"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()}
+
+
+def _holds_plan(file: Path) -> bool:
+    from . import BadPlan, RegisterPlan
+
+    try:
+        RegisterPlan.load(file)
+    except BadPlan:
+        return False
+    return True
 
 
 def _threshold(plan: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .cli import _load, _print_json, _say, as_json, loading, main
-from .errors import TestregError
+from .console import writable, writing
 
 TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
 
@@ -58,10 +58,13 @@ def evaluate(
     """
     from . import RegisterPlan
     from . import inspect as look
+    from .evaluate import TABLES
     from .evaluate import evaluate as judge
     from .labels import photos as photos_of
     from .patch import active
 
+    for path in out:
+        writable(path, TABLES)
     settings = {name: given[name] for name in ("side", "sweep") if given[name]}
     if given["foreground"]:
         settings["foreground"] = _values(given["foreground"])
@@ -78,10 +81,8 @@ def evaluate(
         progress=sys.stderr.isatty(),
     )
     for path in out:
-        try:
-            table.save(path)
-        except OSError as error:
-            raise TestregError(f"{path} cannot be written: {error}") from error
+        with writing(path) as file:
+            table.save(file)
     if as_json:
         return _print_json(table.to_dict())
     if not plan and not active(loaded):
@@ -108,12 +109,11 @@ def report(model: str, images: str, plan_file: str | None, out: Path, limit: int
     from .report import report as write
     from .report import save
 
+    writable(out)
     plan = RegisterPlan.load(plan_file) if plan_file else None
     page = write(_load(model, given, patched=True), images, plan=plan, most=limit)
-    try:
-        save(page, out)
-    except OSError as error:
-        raise TestregError(f"{out} cannot be written: {error}") from error
+    with writing(out) as file:
+        save(page, file)
     if as_json:
         return _print_json({"report": str(out)})
     _say(f"Report in {out}.")

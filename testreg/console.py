@@ -9,13 +9,14 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .atomic import replacing_file
 from .errors import Harmful, ImagesSkipped, NoOutliers, TestregError
 
 EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error; 2: the command line itself
@@ -64,21 +65,47 @@ class Commands(click.Group):
         raise SystemExit(code)
 
 
-def writable(file: Path | None) -> None:
+def writable(file: Path | None, endings: Collection[str] = ()) -> None:
     """Whether a file can be written there, before the work whose result it will hold.
+
+    Args:
+        endings: those that its name may have, as in `.csv`; none given = any.
 
     Raises:
         TestregError: it cannot.
     """
     if file is None:
         return
+    if endings and file.suffix.lower() not in endings:
+        raise TestregError(
+            f"{file} cannot be written: its name must end in {' or '.join(endings)}. Give another --out."
+        )
     try:
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a directory")
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
+        if not file.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"there is no directory {file.parent}")
+        if file.exists() and not os.access(file, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is there, and write-protected")
+        if file.is_file() or not file.exists():  # a device or a pipe needs no room beside it
+            with tempfile.TemporaryFile(dir=file.resolve().parent):
+                pass
     except OSError as error:
         raise TestregError(f"{file} cannot be written: {error.strerror}. Give another --out.") from error
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """Where to write what `file` shall hold when all of it is there.
+
+    Raises:
+        TestregError: it could not be written, and is what it was.
+    """
+    try:
+        with replacing_file(file) as build:
+            yield build
+    except OSError as error:
+        raise TestregError(f"{file} could not be written: {error.strerror or error}.") from error
 
 
 def _unexpected(error: Exception) -> str:

@@ -22,6 +22,8 @@ from .patch import active
 from .plan import RegisterPlan
 from .tasks import TASKS, Measure, Task
 
+TABLES = (".csv", ".json")  # how the names of tables end
+
 
 @dataclass(frozen=True)
 class Row:

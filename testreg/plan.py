@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import BadPlan
@@ -114,7 +114,8 @@ class RegisterPlan:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the state as a tensor, all else as readable JSON in its metadata."""
         tensors = {} if self.state is None else {"state": self.state}
-        save_file(tensors, str(path), metadata={"format": FORMAT, "plan": json.dumps(self.to_dict(), sort_keys=True)})
+        metadata = {"format": FORMAT, "plan": json.dumps(self.to_dict(), sort_keys=True)}
+        Path(path).write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
 
     @classmethod
     def load(cls, path: str | Path) -> RegisterPlan:

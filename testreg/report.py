@@ -272,7 +272,5 @@ def _url(image: Image.Image, kind: str, **options: Any) -> str:
 
 
 def save(page: str, path: str | Path) -> None:
-    """Write a page; any directories above it are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    """Write a page."""
+    Path(path).write_text(page, encoding="utf-8")

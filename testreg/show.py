@@ -21,6 +21,7 @@ from .observe import grid, observe, run, unpatched
 from .patch import active, patch
 from .plan import RegisterPlan
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # how the names of pictures end
 MOST = 12  # photos in one picture; more are too small to see
 
 

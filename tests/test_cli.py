@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, how it ends, and that bad input loses nothing."""
 
+import errno
 import hashlib
 import json
 import os
@@ -360,6 +361,8 @@ def no_work(monkeypatch):
         raise AssertionError("the long work began")
 
     monkeypatch.setattr(cli, "_find", work)
+    for name in ("show.show", "report.report", "evaluate.evaluate"):
+        monkeypatch.setattr(f"testreg.{name}", work)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -374,10 +377,57 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(model, photos
         assert str(place) in result.stderr
         assert "written" in result.stderr or "is a file" in result.stderr
         assert "not foreseen" not in result.stderr
-    for place in (*places[1:], tmp_path):
-        refused("find", model, "--images", photos, "--out", place, says=("cannot be written", "--out"))
-        refused("show", model, photos / "00.png", "--out", place, says=("cannot be written", "--out"))
+    commands = {
+        ("find", model, "--images", photos): "",
+        ("show", model, photos / "00.png"): ".png",
+        ("report", model, "--images", photos): ".html",
+        ("evaluate", model, "--data", photos, "--task", "outliers"): ".csv",
+    }
+    (tmp_path / "folder.png").mkdir()
+    for command, ending in commands.items():
+        for place in (*(place / f"x{ending}" for place in places), tmp_path / "typo" / f"x{ending}"):
+            refused(*command, "--out", place, says=("cannot be written", "there is no directory", "--out"))
+    for command in list(commands)[:3]:
+        refused(*command, "--out", tmp_path / "folder.png", says=("cannot be written", "it is a directory"))
+    refused("evaluate", model, "--data", photos, "--task", "sinks", "--out", tmp_path / "x.xlsx", says=".csv or .json")
+    refused("show", model, photos / "00.png", "--out", tmp_path / "x.pgn", says=("must end in .png or", ".svg"))
+    refused("find", model, "--images", photos, "--out", tmp_path / "file", says=("file", "holds no plan"))
+    (tmp_path / "folder.png").rmdir()
     assert contents(tmp_path) == {"file": hashlib.sha256(b"precious").hexdigest()}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file, link = tmp_path / "table.csv", tmp_path / "link.csv"
+    file.write_text("old")
+    link.symlink_to(file)
+
+    def fail():
+        with console.writing(link) as build:
+            build.write_text("ne")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(testreg.TestregError, match=r"link\.csv could not be written: No space left"):
+        fail()
+    assert file.read_text() == "old"
+    with console.writing(link) as build:
+        assert build.suffix == ".csv"
+        build.write_text("new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(not Path(os.devnull).is_char_device(), reason="no device files here")
+def test_a_device_stays_one():
+    console.writable(Path(os.devnull))
+    with console.writing(Path(os.devnull)) as build:
+        testreg.RegisterPlan({}).save(build)
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_plan_can_be_read_by_whom_files_here_can(found, tmp_path):
+    (tmp_path / "other").touch()
+    assert found[0].stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.usefixtures("no_work")

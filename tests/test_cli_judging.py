@@ -91,7 +91,7 @@ def test_wrong_questions_end_in_one_sentence(here, arguments, code, says):
 
 
 def test_report_writes_a_page(here):
-    page = here / "new" / "report.html"
+    page = here / "report.html"
     result = ask("report", here / "model", "--plan", here / "plan", "--images", here / "data/images", "--out", page)
     assert result.exit_code == 0, result.output
     assert page.read_text().startswith("<!doctype html>")

@@ -185,7 +185,7 @@ def browser(page, tmp_path_factory):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    path = tmp_path_factory.mktemp("report") / "report.html"
     save(page, path)
     browser.get(path.as_uri())
     yield browser
