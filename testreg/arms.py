@@ -18,8 +18,10 @@ from .metrics.outliers import interpolate
 from .observe import NOTHING, grid, observe, run
 from .patch import check, patch
 from .plan import RegisterPlan
+from .trial import Threshold
 
 UNPATCHED, PATCHED = "unpatched", "patched"
+USUAL = Threshold(4.0)  # from which norm on a patch is an outlier, where no plan says
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,15 @@ class Arm:
 
     Attributes:
         plan: the registers it has; None = as it comes, patched or not.
-        repair: replace outlier patches by their neighbours' mean in what is read from the model: a patch counts as an
-            outlier from this many times the median norm of its image on. 0 = leave them.
+        repair: replace patches that are outliers by this threshold by their neighbours' mean, in what is read from the
+            model. None = leave them.
     """
 
     name: str
     model: nn.Module
     processor: Any
     plan: RegisterPlan | None = None
-    repair: float = 0.0
+    repair: Threshold | None = None
 
     @property
     def tower(self) -> Tower:
@@ -124,10 +126,10 @@ class Arm:
         return interpolate(maps[..., None], outlying(before, self.repair))[..., 0]
 
 
-def outlying(states: Tensor, times: float) -> Tensor:
-    """Which patches of one image, `(rows, columns, channels)`, have more than `times` the median norm."""
-    norms = states.norm(dim=-1)
-    return norms > times * norms.median()
+def outlying(states: Tensor, threshold: Threshold) -> Tensor:
+    """Which patches of one image, `(rows, columns, channels)`, are outliers."""
+    norms = states.norm(dim=-1)  # (rows, columns)
+    return threshold.outliers(norms.flatten()).view_as(norms)
 
 
 def arms(
@@ -137,7 +139,7 @@ def arms(
     processor: Any = None,
     against: Mapping[str, nn.Module] | None = None,
     baselines: bool = True,
-    times: float = 4.0,
+    threshold: Threshold = USUAL,
 ) -> list[Arm]:
     """The unpatched model first, which the others are compared with; then patched, baselines, and other models.
 
@@ -145,7 +147,7 @@ def arms(
         plan: the registers to judge; None = there are none, and the unpatched model is judged alone.
         against: other models by name, as they come: saved patched checkpoints, siblings trained with registers.
         baselines: add the five of the protocol, which show what of an effect is due to what.
-        times: which patches the neighbour interpolation repairs; see `Arm.repair`.
+        threshold: which patches the neighbour interpolation repairs.
 
     Raises:
         BadPlan: the plan does not fit the model.
@@ -165,7 +167,7 @@ def arms(
                     RegisterPlan(plan.neurons, registers=0, rest=plan.rest),
                 ),
                 Arm("random neurons instead", model, processor, random_neurons(find_tower(model), plan)),
-                Arm("outliers interpolated", model, processor, NOTHING, repair=times),
+                Arm("outliers interpolated", model, processor, NOTHING, repair=threshold),
             ]
     for name, other in (against or {}).items():
         found.append(Arm(name, other, processor_for(other)))

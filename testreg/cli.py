@@ -225,12 +225,13 @@ def _patch(model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force:
     from . import inspect, save
     from . import patch as install
     from .checkpoint import free
+    from .detect import threshold_of
     from .parallel import leads
 
     free(out, model, force)
     plan = plan or _find(model, given, force=force)
     with install(model, plan):
-        after = inspect(model, given["images"], threshold=_threshold(plan), **_running(given))
+        after = inspect(model, given["images"], threshold=threshold_of(plan), **_running(given))
         if leads():
             save(model, out, force=force)
     return plan, {"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()}
@@ -244,15 +245,6 @@ def _holds_plan(file: Path) -> bool:
     except BadPlan:
         return False
     return True
-
-
-def _threshold(plan: Any) -> Any:
-    """What an outlier was when the plan was found, so that before and after are counted alike."""
-    from .trial import Threshold
-
-    found = plan.provenance.get("artefact", {})
-    known = isinstance(found, Mapping) and isinstance(found.get("times"), float)
-    return Threshold(found["times"], found.get("norm")) if known else None
 
 
 def _load(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from . import text
 from .cli import _load, _print_json, _say, as_json, loading, main
 from .console import writable, writing
 
@@ -88,7 +89,7 @@ def evaluate(
     if not plan and not active(loaded):
         photos = [sample.path for sample in photos_of(data)[: limit or 64]]
         _say(look(loaded, photos).verdict, "")
-    _say(f"{data}, {table.provenance['images']} photos", str(table), *(f"Table in {path}." for path in out))
+    _say(text.judged(str(data), table.provenance), str(table), *(f"Table in {path}." for path in out))
 
 
 @main.command(short_help="One HTML page: before and after.")

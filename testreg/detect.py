@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from .families import Tower, reach
 from .metrics.outliers import BlockNorms
 from .observe import run
 from .offload import present
+from .plan import RegisterPlan
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
 
@@ -117,6 +118,15 @@ def chosen(norms: Norms, wanted: float | Threshold | None) -> Threshold:
     if isinstance(wanted, Threshold):
         return wanted
     return valley(norms) if wanted is None else Threshold(APART, float(wanted))
+
+
+def threshold_of(plan: RegisterPlan) -> Threshold | None:
+    """What an outlier was when a plan was found; None where its provenance does not say."""
+    found = plan.provenance.get("artefact")
+    times, norm = (found.get(name) for name in ("times", "norm")) if isinstance(found, Mapping) else (None, None)
+    if not isinstance(times, float) or not isinstance(norm, float):
+        return None
+    return Threshold(times, norm) if APART <= times <= MOST and 0 <= norm < float("inf") else None
 
 
 @dataclass(frozen=True)

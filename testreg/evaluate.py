@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from .arms import PATCHED, UNPATCHED, arms
+from .arms import PATCHED, UNPATCHED, USUAL, arms
+from .detect import threshold_of
 from .errors import BadImages, TestregError
 from .labels import Sample
 from .metrics import bootstrap
 from .patch import active
 from .plan import RegisterPlan
-from .tasks import TASKS, Measure, Task
+from .tasks import TASKS, Measure, Outliers, Task
+from .trial import Threshold
 
 TABLES = (".csv", ".json")  # how the names of tables end
 
@@ -143,13 +145,16 @@ def evaluate(
     samples = task.samples(data)[:limit]
     if not samples:
         raise BadImages(f"there is no photo in {data}, or the limit of {limit} leaves none.")
-    compared = arms(model, plan, processor=processor, against=against, baselines=baselines)
+    threshold, whose = _threshold(task, plan)
+    if isinstance(task, Outliers):
+        task = replace(task, threshold=threshold)
+    compared = arms(model, plan, processor=processor, against=against, baselines=baselines, threshold=threshold)
+    if not task.repairable:
+        compared = [arm for arm in compared if not arm.repair]
     rows: list[Row] = []
     unpatched: Any = None
     reference: dict[str, Measure] = {}
     for arm in compared:
-        if arm.repair and not task.repairable:
-            continue
         with arm.on():
             seen = task.look(arm, _bar(samples, f"{task.name}, {arm.name}", progress))
         if arm is compared[0]:
@@ -165,7 +170,10 @@ def evaluate(
         "data": Path(data).name,
         "images": len(samples),
         "plan": None if plan is None else str(plan),
+        "threshold": None,
     }
+    if isinstance(task, Outliers) or any(arm.repair for arm in compared):
+        provenance["threshold"] = {"outlier": str(threshold), "from": whose}
     return Table(tuple(rows), provenance)
 
 
@@ -183,6 +191,15 @@ def _task(task: str | Task) -> Task:
     if task not in TASKS:
         raise BadImages(f"there is no task {task!r}: choose one of {', '.join(TASKS)}.")
     return TASKS[task]()
+
+
+def _threshold(task: Task, plan: RegisterPlan | None) -> tuple[Threshold, str]:
+    """From which norm on a patch is an outlier, and who says so."""
+    if isinstance(task, Outliers) and task.threshold:
+        return task.threshold, "task"
+    if plan is not None and (found := threshold_of(plan)):
+        return found, "plan"
+    return USUAL, "default"
 
 
 def _row(task: Task, arm: str, name: str, measure: Measure, reference: Measure | None) -> Row:

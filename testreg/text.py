@@ -107,6 +107,15 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
+def judged(data: str, provenance: Mapping[str, Any]) -> str:
+    """What a table of `evaluate` is about: its photos, and what counts as an outlier where that matters."""
+    said = f"{data}, {provenance['images']} photos"
+    if threshold := provenance["threshold"]:
+        whose = {"plan": "as when the plan was found", "task": "as set", "default": "no plan says otherwise"}
+        said += f"\nAn outlier has {threshold['outlier']} or more ({whose[threshold['from']]})."
+    return said
+
+
 def sinks(found: Mapping[str, Any]) -> str:
     """A language model's `TextInspection.to_dict()`: one line per block."""
     lines = ["block  median norm   largest  activation   x median  sink heads  first token gets"]

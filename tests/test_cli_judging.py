@@ -52,6 +52,7 @@ def test_evaluate_prints_a_table_and_writes_it(here):
     assert result.exit_code == 0, result.output
     for text in ("unpatched", "patched", "random neurons instead", "floors", str(here / "model"), "3 photos"):
         assert text in result.output
+    assert "An outlier has 4.0 times the median norm of an image or more (no plan says otherwise)." in result.output
     kept = json.loads(files[0].read_text())
     assert kept["provenance"]["settings"] == {"side": 32, "foreground": [2]}
     with files[1].open(newline="") as file:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from testreg.evaluate import evaluate
 from testreg.families import find_tower
 from testreg.observe import run
 from testreg.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe
+from testreg.trial import Threshold
 
 PLAN = RegisterPlan({1: (3, 5), 2: (7,)}, registers=2)
 PROCESSOR = ViTImageProcessorPil(size={"height": zoo.SIZE, "width": zoo.SIZE})
@@ -220,7 +222,7 @@ def test_photos_keep_their_shape_and_are_cut_nowhere(model, data):
 
 
 def test_the_interpolating_arm_repairs_what_is_read_where_the_block_before_has_outliers(model, data):
-    plain, *_, repairing = arms(model, PLAN, processor=PROCESSOR, times=1.02)
+    plain, *_, repairing = arms(model, PLAN, processor=PROCESSOR, threshold=Threshold(1.02))
     inputs = plain.inputs(data / "images" / "0.png")
     wanted = [("keys", 2), ("states", 1), ("states", 2)]
     before, after = plain.features(inputs, wanted), repairing.features(inputs, wanted)
@@ -345,7 +347,7 @@ def test_boxes_come_back_in_pixels_of_the_photo(model, data, monkeypatch):
 
 def test_outliers_are_counted_where_they_stand_out(model, data):
     samples = labels.photos(data / "images")
-    task = Outliers(times=3)
+    task = Outliers(threshold=Threshold(3))
     norms = [torch.ones(3, 16) for _ in samples]
     norms[0][1, 4], norms[2][1, 5] = 10, 10
     found = task.measure(norms, norms)
@@ -356,6 +358,37 @@ def test_outliers_are_counted_where_they_stand_out(model, data):
     assert found["outlier patches, block 0"].of(everyone) == 0
     assert found["outlier patches, block 1"].kind == "block"
     assert "after block 1" in found["median norm"].setting
+
+
+@pytest.mark.parametrize(
+    ("told", "task", "outlier", "whose"),
+    [
+        ({"times": 2.5, "norm": 0.0}, "outliers", "2.5 times", "plan"),
+        ({"times": 1.5, "norm": 14.0}, "discovery", "norm 14", "plan"),
+        ({"times": 2.5, "norm": 0.0}, Outliers(threshold=Threshold(3)), "3.0 times", "task"),
+        ({"times": 1e9, "norm": 0.0}, "outliers", "4.0 times", "default"),
+        ({"times": 2.5, "norm": "x"}, "outliers", "4.0 times", "default"),
+        ("x", "outliers", "4.0 times", "default"),
+    ],
+)
+def test_an_outlier_is_what_it_was_when_the_plan_was_found(told, task, outlier, whose, model, data, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        "testreg.trial.Threshold.outliers", lambda self, norms: used.append(self) or norms > norms.max()
+    )
+    plan = replace(PLAN, provenance={"artefact": told})
+    table = evaluate(model, data, SMALL.get(task, task) if isinstance(task, str) else task,
+                     plan=plan, processor=PROCESSOR, limit=1)  # fmt: skip
+    threshold = table.provenance["threshold"]
+    assert threshold["outlier"].startswith(outlier)
+    assert threshold["from"] == whose
+    assert {str(one) for one in used} == {threshold["outlier"]}
+
+
+def test_of_outliers_nothing_is_said_where_none_are_judged(model, data):
+    for task, plan in (("sinks", PLAN), ("discovery", None)):
+        table = evaluate(model, data, SMALL.get(task, task), plan=plan, processor=PROCESSOR, limit=1)
+        assert table.provenance["threshold"] is None
 
 
 def test_the_table_goes_to_disk_and_back(model, data, tmp_path):

@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..arms import Arm
+from ..arms import USUAL, Arm
 from ..labels import Sample
 from ..observe import observe, run
+from ..trial import Threshold
 from .base import Measure, Measures, Task, answer
 
 
 @dataclass
 class Outliers(Task):
-    """Patch norms at every block's output. A patch is an outlier from `times` the median norm of its image on.
+    """Patch norms at every block's output: means over images of each image's median, 99th percentile and largest.
 
-    Norms are means over images of each image's median, 99th percentile and largest.
+    Attributes:
+        threshold: from which norm on a patch is an outlier; None = as when the plan was found.
     """
 
     name: ClassVar[str] = "outliers"
     repairable: ClassVar[bool] = False
-    times: float = 4.0
+    threshold: Threshold | None = None
 
     def look(self, arm: Arm, samples: Iterable[Sample]) -> list[Tensor]:
         blocks, found = range(len(arm.tower.blocks)), []
@@ -50,7 +52,8 @@ class Outliers(Task):
 
     def _at(self, block: int, seen: list[Tensor], row: Callable[..., Measure]) -> Measures:
         norms = [image[block] for image in seen]  # each (patches,)
-        shares = np.array([float((image > self.times * image.median()).float().mean()) for image in norms])
+        threshold = self.threshold or USUAL
+        shares = np.array([float(threshold.outliers(image).float().mean()) for image in norms])
         return {
             "outlier patches": row(shares),
             "images with one": row((shares > 0).astype(float)),
