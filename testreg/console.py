@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from .atomic import replacing_file
-from .errors import Harmful, ImagesSkipped, NoOutliers, TestregError
+from .errors import Harmful, ImagesRepeated, ImagesSkipped, NoOutliers, TestregError
 
 EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error; 2: the command line itself
 INTERRUPTED = 130  # as shells have it
@@ -127,7 +127,8 @@ def _own_warnings() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", ImagesSkipped)
+        for own in (ImagesSkipped, ImagesRepeated):
+            warnings.simplefilter("always", own)
         warnings.showwarning = show
         yield
 

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .errors import BadImages, ImagesSkipped
+from .errors import BadImages, ImagesRepeated, ImagesSkipped
 from .families import Tower
 from .images import Batch, ImageStream
 from .scan import SAMPLE, Norms, Sample, scan
+
+MANY = 0.1  # share of the images that repeat others
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _tell_skipped(batches: ImageStream) -> None:
 
 
 def total(parts: list[Counted], batches: ImageStream) -> Counted:
-    """All shares of the images together.
+    """All shares of the images together, with a warning where many of few images are the same.
 
     Raises:
         BadImages: there is no image in any of them.
@@ -82,6 +84,10 @@ def total(parts: list[Counted], batches: ImageStream) -> Counted:
     counted = reduce(add, parts)
     if not counted.norms.images:
         raise BadImages(batches.nothing())
+    images, different = counted.norms.images, len(counted.sample)
+    if different < counted.sample.size and images - different >= MANY * images:  # else the sample cannot tell
+        message = f"only {different} of {images} images are different; each is counted as often as it comes"
+        warnings.warn(message, ImagesRepeated, stacklevel=2)
     return counted
 
 

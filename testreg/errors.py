@@ -31,5 +31,9 @@ class ImagesSkipped(UserWarning):
     """Some of the images given cannot be used; the others are."""
 
 
+class ImagesRepeated(UserWarning):
+    """Many of the images given are the same."""
+
+
 class Harmful(TestregError):
     """No setting removes the artefact without changing the model more than the guard allows."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .base import describe
@@ -112,7 +112,7 @@ def find(
             "base": describe(model),
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-            "resolution": list(next(iter(sample)).inputs["pixel_values"].shape[-2:]),
+            "resolution": _resolution(next(iter(sample)).inputs["pixel_values"]),
             "artefact": {**asdict(found), **asdict(found.threshold), "threshold": str(found.threshold)},
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
@@ -176,6 +176,11 @@ def split(sample: Sample, found: Artefact) -> tuple[list[Kept], list[Kept], list
         )
     ranked, tried, held = (images[hand::3] for hand in range(3))
     return ranked, tried, held
+
+
+def _resolution(pixels: Tensor) -> list[int] | None:
+    """Height and width of the first image; None where images come as patches, `(images, patches, values)`."""
+    return list(pixels.shape[-2:]) if pixels.ndim > 3 else None
 
 
 def _check(wanted: Wanted, tower: Tower) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 import testreg
 from testreg import search
+from testreg.errors import ImagesRepeated
 from testreg.planted import PLANTABLE, plant
 
 SHAPE = {
@@ -133,10 +134,16 @@ def test_batch_size_does_not_matter(planted_vit, first_plan, batch_size):
 def test_a_generator_and_duplicates_do_not_matter(planted_vit, first_plan):
     images = noise()
     same(testreg.find(planted_vit[0], (image for image in images)), first_plan)
-    twice = testreg.find(planted_vit[0], torch.cat([images, images[:9], images[:1].expand(5, -1, -1, -1)]))
+    with pytest.warns(ImagesRepeated, match="only 24 of 38 images are different"):
+        twice = testreg.find(planted_vit[0], torch.cat([images, images[:9], images[:1].expand(5, -1, -1, -1)]))
     same(twice, first_plan)
     assert twice.provenance["images"]["count"] == 38
     assert twice.provenance["split"] == first_plan.provenance["split"]
+
+
+def test_few_repeats_are_not_worth_a_word(planted_vit, first_plan, recwarn):
+    same(testreg.find(planted_vit[0], torch.cat([noise(), noise()[:2]])), first_plan)
+    assert not [warning for warning in recwarn if warning.category is ImagesRepeated]
 
 
 def test_twice_is_bit_for_bit_the_same(planted_vit, first_plan):
@@ -320,6 +327,13 @@ def test_provenance_is_plain_json_and_tells_all(first_plan):
     chosen = next(trial for trial in about["trials"] if trial["chosen"])
     assert chosen["drift"] <= 1.05 * min(trial["drift"] for trial in about["trials"] if trial["left"] == 0)
     assert about["before"]["outlier_patches"] > about["after"]["outlier_patches"] == 0
+    assert about["resolution"] == [96, 96]
+
+
+def test_resolution_is_that_of_images_not_of_packed_patches():
+    assert search._resolution(torch.zeros(1, 3, 32, 48)) == [32, 48]
+    assert search._resolution(torch.zeros(1, 4, 3, 32, 48)) == [32, 48]  # of a video
+    assert search._resolution(torch.zeros(1, 16, 588)) is None
 
 
 # The guard.
