@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile
@@ -26,12 +26,13 @@ from .errors import BadCheckpoint, TestregError, UnsupportedModel
 from .families import find_tower
 from .modeling_testreg import auto_map, class_of, fetch, first_line, load, skeleton
 from .patch import active
-from .recipe import MODEL_TYPE, PLAN, Recipe, read_json, sha256
+from .recipe import MODEL_TYPE, NOT_WITHOUT_REGISTERS, PLAN, Recipe, read_json, sha256
 
 __all__ = ["is_patched", "load", "load_base", "save"]
 
 WEIGHTS = "model.testreg"  # how the weights' file names begin, so that no stock class finds them
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+TIMM = "timm_wrapper"  # the model type of timm's models in transformers
 CODE = ("errors", "families", "plan", "redirect", "patch", "recipe", "modeling_testreg")
 # The image processor and the tokenizer of the unpatched checkpoint, and its licence.
 PROCESSOR = re.compile(
@@ -83,7 +84,7 @@ def save(
     if not _comes_back(model):
         raise UnsupportedModel(
             f"{type(model).__name__} is not of transformers itself, so its checkpoint could not be loaded again. Keep "
-            f"the plan instead: found.save(FILE), and testreg.patch(model, testreg.RegisterPlan.load(FILE)) later."
+            f"the plan, found.save(FILE), and {_instead(model)}"
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModel(
@@ -115,7 +116,7 @@ def save(
                 attention=_attention(model),
                 versions={name: _version(name) for name in ("testreg", "torch", "transformers")},
             )
-            config = {**recipe.to_config(), "auto_map": auto_map(model.config)}
+            config = {**recipe.to_config(), "auto_map": auto_map(model.config), **_for_timm(recipe.base_config)}
             (build / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             card(acting.plan, recipe.architecture, base.name(model), source.get("README.md")).save(build / "README.md")
     except (OSError, SafetensorError) as error:
@@ -156,6 +157,8 @@ def load_base(path: str | Path, *, check: Callable[[Any], Any] = find_tower, **k
         raise BadCheckpoint(f"{path} is no checkpoint that transformers can read: {first_line(error)}") from error
     if config.model_type == MODEL_TYPE:
         raise BadCheckpoint(f"{path} has registers already; testreg.load loads it. Give the original checkpoint.")
+    if config.model_type == TIMM:
+        kwargs |= _as_transformers_reads_it(config)
     named = next(iter(config.architectures or ()), "")
     found = getattr(transformers, named, None)
     model_class: Any = found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
@@ -187,6 +190,21 @@ def load_base(path: str | Path, *, check: Callable[[Any], Any] = find_tower, **k
     return model
 
 
+def _as_transformers_reads_it(config: Any) -> dict[str, Any]:
+    """Name the class of a checkpoint that timm wrote, in its config, and say once how many classes its head has.
+
+    timm names no class. Since 1.0.31 it counts classes among the model's arguments too, and TimmWrapper stops there.
+
+    Returns:
+        What `from_pretrained` has to be told.
+    """
+    config.architectures = config.architectures or [
+        "TimmWrapperForImageClassification" if config.num_labels else "TimmWrapperModel"
+    ]
+    config.model_args = _without(config.model_args or {}, "num_classes")
+    return {"model_args": config.model_args}
+
+
 def is_patched(path: str | Path) -> bool:
     """Whether a directory, or a name on the hub, holds a checkpoint with registers."""
     directory = Path(path).expanduser()
@@ -212,6 +230,16 @@ def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
         return isinstance(model, PreTrainedModel) and class_of(type(model).__name__, model.config) is type(model)
     except BadCheckpoint:
         return False
+
+
+def _instead(model: nn.Module) -> str:
+    """How a model that is none of transformers' keeps its registers all the same."""
+    if hasattr(model, "pretrained_cfg"):  # timm's, which transformers loads
+        return (
+            "patch the model as transformers loads it: timm.models.save_for_hf(model, DIR, safe_serialization=True) "
+            "writes it down, and `testreg patch DIR --images PHOTOS --plan FILE --out OUT` patches what lies there."
+        )
+    return "apply it when you need it: testreg.patch(model, testreg.RegisterPlan.load(FILE))."
 
 
 def free(directory: str | Path, model: nn.Module, force: bool) -> Path:
@@ -279,7 +307,18 @@ def _attention(model: PreTrainedModel) -> str | None:
     return used if used in ("eager", "sdpa") else None
 
 
-def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _for_timm(base_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a timm model's preprocessing is looked for, in `config.json`; timm itself stops at the architecture."""
+    if base_config["model_type"] != TIMM or "pretrained_cfg" not in base_config:
+        return {}
+    return {
+        "architecture": NOT_WITHOUT_REGISTERS,
+        "image_processor_type": "TimmWrapperImageProcessor",
+        "pretrained_cfg": base_config["pretrained_cfg"],
+    }
+
+
+def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != name}
 
 

@@ -58,7 +58,7 @@ class Baked:
         if self.library == "transformers":
             return stock.to_transformers(self.model, tower, self.registers)
         if tower.family in of_timm.SLOTS:
-            return of_timm.with_slots(tower, self.registers)
+            return of_timm.with_slots(self.model, tower, self.registers)
         import timm
 
         weights, config = stock.to_timm(self.model, tower, self.registers)
@@ -84,9 +84,8 @@ class Baked:
             if self.processor is not None:
                 self.processor.save_pretrained(build)
         elif tower.family in of_timm.SLOTS:
-            from timm.models import save_for_hf
-
-            save_for_hf(self.stock(), str(build), {"testreg": self.summary()}, safe_serialization=True)
+            built = self.stock()
+            of_timm.write(built, build, {"testreg": self.summary(), **stock.labels(self.model, built.num_classes)})
         else:
             weights, config = stock.to_timm(self.model, tower, self.registers, self.processor)
             config["testreg"] = self.summary()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..families import Tower, reach
@@ -38,8 +41,8 @@ def check(tower: Tower) -> None:
         )
 
 
-def with_slots(tower: Tower, registers: Tensor) -> Any:
-    """The same timm model with `registers` `(registers, channels)` behind the prefix tokens that it has."""
+def with_slots(model: nn.Module, tower: Tower, registers: Tensor) -> Any:
+    """The timm model of `tower` with `registers` `(registers, channels)` behind the prefix tokens that it has."""
     import timm
 
     module: Any = tower.module
@@ -54,6 +57,20 @@ def with_slots(tower: Tower, registers: Tensor) -> Any:
     args |= {name: reach(module, name) for name in ("in_chans", "num_classes", "global_pool")}
     args[SLOTS[tower.family]] = weights["reg_token"].shape[1]
     cfg = dict(module.pretrained_cfg)
+    wrapped = reach(model, "config.pretrained_cfg")  # of the checkpoint, where transformers loaded it
+    if wrapped:
+        cfg = {**wrapped, "architecture": cfg["architecture"]}
     built = timm.create_model(cfg["architecture"], pretrained_cfg=cfg, **args)
     built.load_state_dict(weights)
     return built.to(registers.dtype).eval()
+
+
+def write(built: Any, folder: Path, more: Mapping[str, Any]) -> None:
+    """A checkpoint of the timm model `built`, which timm and transformers load, with `more` in its `config.json`."""
+    from timm.models import save_for_hf
+
+    save_for_hf(built, str(folder), dict(more), safe_serialization=True)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model_args"].pop("num_classes", None)  # it stands beside them too, and TimmWrapper stops at the second
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

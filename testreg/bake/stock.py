@@ -161,8 +161,8 @@ def to_timm(
         "num_features": tower.channels,
         "model_args": args,
     }
-    labels = _labels(model, classes) if reach(model, "classifier") is not None else {}
-    return weights, {**stock, "global_pool": args["global_pool"], "pretrained_cfg": cfg, **labels}
+    names = labels(model, classes) if reach(model, "classifier") is not None else {}
+    return weights, {**stock, "global_pool": args["global_pool"], "pretrained_cfg": cfg, **names}
 
 
 def _block(tower: Tower, index: int) -> dict[str, Tensor]:
@@ -223,7 +223,8 @@ def _native(tower: Tower) -> list[Tensor]:
     return [] if registers is None else [registers.view(-1, tower.channels)]
 
 
-def _labels(model: Any, classes: int) -> dict[str, list[str]]:
+def labels(model: Any, classes: int) -> dict[str, list[str]]:
+    """The names of the classes, under the key that timm has for them, where there is one for each."""
     names = getattr(reach(model, "config"), "id2label", None)
     return {"label_names": [names[index] for index in range(classes)]} if names and len(names) == classes else {}
 
