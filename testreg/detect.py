@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ class Artefact:
     shown: int
     share: float
     images: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), **asdict(self.threshold), "threshold": str(self.threshold)}
 
 
 def artefact(norms: Norms, threshold: Threshold) -> Artefact | None:

@@ -95,7 +95,7 @@ class Inspection:
             "native": self.native,
             "attention": None if self.attention is None else asdict(self.attention),
             "verdict": self.verdict,
-            "artefact": None if self.artefact is None else asdict(self.artefact),
+            "artefact": None if self.artefact is None else self.artefact.to_dict(),
             "threshold": str(self.threshold),
             "blocks": [
                 {"block": block, **asdict(row), "ratio": ratio}

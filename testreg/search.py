@@ -113,7 +113,7 @@ def find(
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
             "resolution": _resolution(next(iter(sample)).inputs["pixel_values"]),
-            "artefact": {**asdict(found), **asdict(found.threshold), "threshold": str(found.threshold)},
+            "artefact": found.to_dict(),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
             "positions": list(search.ranking.positions),
