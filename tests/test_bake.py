@@ -78,24 +78,42 @@ def largest(states):
     return (norms / norms.median(1, keepdim=True).values).max()
 
 
+def pull_of(seed, away=0.0):
+    """That on a block of random weights with 2 heads of 4 channels, whose queries look away from zero by `away`."""
+    random = torch.Generator().manual_seed(seed)
+    queries, logits, outputs = (torch.randn(2, 50, size, generator=random) for size in (4, 9, 4))
+    weights, biases = torch.randn(2, 8, 8, generator=random), torch.randn(4, 8, generator=random)
+    affine = [(weights[0], biases[0]), (weights[1], biases[1]), (biases[2], biases[3])]
+    return algebra.pull(queries + away, logits.logsumexp(-1), outputs, *affine)
+
+
 class TestAlgebra:
-    def block(self):
-        """Random queries, keys and norm of one block with 2 heads of 4 channels."""
+    def test_a_pull_is_that_of_attention_with_one_more_token(self):
         random = torch.Generator().manual_seed(0)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=random)
-
-        return normal(2, 50, 4), normal(2, 50, 9), normal(8, 8), normal(8), normal(8), normal(8)
-
-    def test_odds_are_those_of_attention(self):
-        queries, logits, key, key_bias, gain, bias = self.block()
-        odds = algebra.odds(queries, logits.logsumexp(-1), key, key_bias, gain, bias)
+        queries, logits, values = (torch.randn(2, *size, generator=random) for size in ((50, 4), (50, 9), (9, 4)))
+        key, key_bias, value, value_bias, gain, bias = (
+            torch.randn(*shape, generator=random) for shape in ((8, 8), (8,), (8, 8), (8,), (8,), (8,))
+        )
+        before = logits.softmax(-1) @ values
+        pull = algebra.pull(queries, logits.logsumexp(-1), before, (key, key_bias), (value, value_bias), (gain, bias))
         token = algebra.direction(torch.arange(8.0) ** 2)
-        keys = ((token * gain + bias) @ key.T + key_bias).view(2, 4)
-        joined = torch.cat([logits, (queries * keys[:, None]).sum(-1, keepdim=True)], dim=-1)
-        expected = joined.softmax(-1)[..., -1].flatten()
-        torch.testing.assert_close((odds.slopes @ token + odds.offsets).sigmoid(), expected)
+        new_key, new_value = (
+            ((token * gain + bias) @ weight.T + fixed).view(2, 4)
+            for weight, fixed in ((key, key_bias), (value, value_bias))
+        )
+        joined = torch.cat([logits, (queries * new_key[:, None]).sum(-1, keepdim=True)], dim=-1).softmax(-1)
+        after = joined @ torch.cat([values, new_value[:, None]], dim=1)
+        share = pull.log_odds(token).sigmoid()
+        torch.testing.assert_close(share, joined[..., -1].flatten())
+        unit = before.square().sum(-1).mean()
+        torch.testing.assert_close(share**2 * pull.turn(token), ((after - before).square().sum(-1) / unit).flatten())
+
+    def test_blocks_are_counted_on(self):
+        pulls = [pull_of(seed) for seed in range(3)]
+        token = algebra.direction(torch.arange(8.0))
+        both = algebra.together(pulls)
+        torch.testing.assert_close(both.log_odds(token), torch.cat([one.log_odds(token) for one in pulls]))
+        torch.testing.assert_close(both.turn(token), torch.cat([one.turn(token) for one in pulls]))
 
     def test_direction_is_what_layer_norm_makes(self):
         vector = torch.randn(3, 16) * 50 + 7
@@ -103,29 +121,28 @@ class TestAlgebra:
         torch.testing.assert_close(algebra.direction(vector), expected, atol=1e-5, rtol=1e-5)
 
     def test_repelling_finds_the_one_optimum_from_anywhere(self):
-        queries, logits, key, key_bias, gain, bias = self.block()
-        odds = algebra.odds(queries + 1, logits.logsumexp(-1), key, key_bias, gain, bias)
+        pull = pull_of(0, away=1)
 
         def seen(vector):
-            return (odds.slopes @ vector + odds.offsets + math.log(3)).sigmoid().pow(2).mean()
+            return ((pull.log_odds(vector) + math.log(3)).sigmoid().pow(2) * pull.turn(vector)).mean()
 
         starts = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
-        found = torch.stack([algebra.repel(odds, 3, start) for start in starts])
+        found = torch.stack([algebra.repel(pull, 3, start) for start in starts])
         torch.testing.assert_close(found, found[:1].expand_as(found), atol=0.02, rtol=0.02)
         tries = algebra.direction(torch.randn(3000, 8, generator=torch.Generator().manual_seed(4)))
         assert seen(found[0]) <= min(map(seen, tries))
 
     def test_repelling_avoids_directions(self):
-        odds = algebra.Odds(torch.randn(100, 8), torch.zeros(100))
+        pull = pull_of(0)
         avoid = algebra.direction(torch.randn(2, 8))
-        found = algebra.repel(odds, 1, torch.randn(8), avoid=avoid)
+        found = algebra.repel(pull, 1, torch.randn(8), avoid=avoid)
         torch.testing.assert_close(avoid @ found, torch.zeros(2), atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.stack([found.mean(), found.std(correction=0)]), torch.tensor([0.0, 1.0]))
 
     @pytest.mark.parametrize("activation", [gelu, silu, torch.relu, lambda x: x * torch.sigmoid(1.702 * x)])
     def test_a_detector_is_silent_on_all_other_tokens(self, activation):
         others = torch.randn(500, 16)
-        registers = 0.1 * torch.randn(20, 16) + 4 * torch.eye(16)[3]
+        registers = 0.1 * torch.randn(20, 16) + 8 * torch.eye(16)[3]
         weight, bias, margin = algebra.detector(registers, others)
         assert 0 < margin <= 1
         assert activation(others @ weight + bias).abs().max() < 1e-6
@@ -340,7 +357,8 @@ class TestRefusals:
 
     def test_what_drifts_too_far_says_how_far(self, monkeypatch):
         model, plan = planted("vit")
-        monkeypatch.setattr(fit._Oven, "write", lambda *args: None)  # registers that stay what early blocks ignore
+        wrong = {block: -state for block, state in fit.trajectory(model, plan, []).items()}
+        monkeypatch.setattr(baked, "trajectory", lambda *args: wrong)
         with pytest.raises(Harmful, match=r"cosine with the run-time patch is below 0\.99.*on 32 other images"):
             bake(model, plan, photos())
         assert bake(model, plan, photos(), force=True).drift.patches < 0.99

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 CLEARANCE = 20.0  # what a detector reads at least on registers, and at least below zero on all other tokens
 STEPS = 80  # of L-BFGS; it converges in 20 to 60
+TINY = 1e-12  # squared distance that rounding can make up
 
 
 def direction(vector: Tensor) -> Tensor:
@@ -19,49 +20,95 @@ def direction(vector: Tensor) -> Tensor:
     return vector * (vector.shape[-1] ** 0.5 / vector.norm(dim=-1, keepdim=True))
 
 
-class Odds(NamedTuple):
-    """The attention that queries pay to one more token: log odds `slopes @ direction + offsets`.
+class Pull(NamedTuple):
+    """What one more token would do to attention, for a sample of queries of all early blocks and heads together.
 
     While the token's norm is far above what blocks add to it, LayerNorm makes one direction of it in all of them, and
-    its keys are affine in that direction.
+    its key and value are affine in that direction.
 
     Attributes:
-        slopes: `(queries, channels)`, offsets: `(queries,)`; queries of all early blocks and heads together.
+        queries: as attention multiplies them with keys, scale included `(queries, width)`.
+        masses: log of the sum of each query's exponentials over the tokens that are there `(queries,)`.
+        outputs: what it gets from these tokens `(queries, width)`.
+        heads: whose key and value it would meet `(queries,)`.
+        keys, values: `(heads, width, channels)`, key_fixed, value_fixed: `(heads, width)`; the token's key in a head is
+            `keys @ direction + key_fixed`.
     """
 
-    slopes: Tensor
-    offsets: Tensor
+    queries: Tensor
+    masses: Tensor
+    outputs: Tensor
+    heads: Tensor
+    keys: Tensor
+    key_fixed: Tensor
+    values: Tensor
+    value_fixed: Tensor
+
+    def log_odds(self, direction: Tensor) -> Tensor:
+        """Log odds that queries attend to a token of `direction` `(channels,)` and not to the others `(queries,)`."""
+        keys = self.keys @ direction + self.key_fixed  # (heads, width)
+        return (self.queries * keys[self.heads]).sum(-1) - self.masses
+
+    def turn(self, direction: Tensor) -> Tensor:
+        """Squared distances `(queries,)` between the token's value and what the queries get without it."""
+        values = self.values @ direction + self.value_fixed  # (heads, width)
+        return (values[self.heads] - self.outputs).square().sum(-1)
 
 
-def odds(queries: Tensor, masses: Tensor, key: Tensor, key_bias: Tensor, gain: Tensor, bias: Tensor) -> Odds:
-    """Those of one block.
+def pull(
+    queries: Tensor,
+    masses: Tensor,
+    outputs: Tensor,
+    key: tuple[Tensor, Tensor],
+    value: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor],
+) -> Pull:
+    """That on one block. Values are in units of what its attention gives, so that blocks can be added up.
 
     Args:
-        queries: sampled, as attention multiplies them with keys, scale included `(heads, samples, width)`.
-        masses: log of the sum of exponentials over the tokens that are there `(heads, samples)`.
-        key: weight of the key projection `(heads * width, channels)`, with its bias `(heads * width,)`.
-        gain: of the norm in front of the attention `(channels,)`, with its bias.
+        queries, outputs: `(heads, samples, width)`, masses: `(heads, samples)`, as in `Pull`.
+        key, value: weight `(heads * width, channels)` and bias `(heads * width,)` of the projection.
+        norm: gain and bias of the norm in front of the attention, each `(channels,)`.
     """
-    heads, _, width = queries.shape
-    key = key.view(heads, width, -1)
-    fixed = (key @ bias + key_bias.view(heads, width)).unsqueeze(-1)  # (heads, width, 1)
-    slopes = queries @ (key * gain)  # (heads, samples, channels)
-    offsets = (queries @ fixed).squeeze(-1) - masses  # (heads, samples)
-    return Odds(slopes.flatten(0, 1), offsets.flatten())
+    heads, samples, width = queries.shape
+    gain, bias = norm
+
+    def affine(weight: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        return (weight * gain).view(heads, width, -1), (weight @ bias + fixed).view(heads, width)
+
+    unit = outputs.square().sum(-1).mean().sqrt()
+    values, value_fixed = (part / unit for part in affine(*value))
+    return Pull(
+        queries.flatten(0, 1),
+        masses.flatten(),
+        outputs.flatten(0, 1) / unit,
+        torch.arange(heads).repeat_interleave(samples),
+        *affine(*key),
+        values,
+        value_fixed,
+    )
+
+
+def together(pulls: Sequence[Pull]) -> Pull:
+    """That on several blocks, whose heads are counted on."""
+    firsts = torch.tensor([0] + [len(one.values) for one in pulls[:-1]]).cumsum(0)
+    counted = [one._replace(heads=one.heads + first) for one, first in zip(pulls, firsts, strict=True)]
+    return Pull(*map(torch.cat, zip(*counted, strict=True)))
 
 
 def repel(
-    odds: Odds,
+    pull: Pull,
     registers: int,
     start: Tensor,
     *,
     avoid: Tensor | None = None,
     through: Callable[[Tensor], Tensor] = direction,
 ) -> Tensor:
-    """The direction that the queries attend to least: the start of a register that the early blocks do not see.
+    """The direction that changes attention least: the start of a register that the early blocks do not see.
 
-    Minimises the mean square of the attention that `registers` equal tokens receive. Its logarithm is a log-sum-exp of
-    almost affine functions, so the result does not depend on `start`.
+    Minimises the mean square of what `registers` equal tokens change in attention's outputs, the attention they receive
+    times the distance of their value. Its logarithm is nearly a log-sum-exp of affine functions, so that the result
+    does not depend on `start`.
 
     Args:
         start: where to begin `(channels,)`.
@@ -82,8 +129,9 @@ def repel(
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        logits = odds.slopes @ through(free(vector)) + odds.offsets + math.log(registers)
-        value = (2 * torch.nn.functional.logsigmoid(logits)).logsumexp(0)
+        token = through(free(vector))
+        attention = torch.nn.functional.logsigmoid(pull.log_odds(token) + math.log(registers))
+        value = (2 * attention + pull.turn(token).clamp(min=TINY).log()).logsumexp(0)
         value.backward()
         return value
 

@@ -18,6 +18,7 @@ class Parts:
 
     Attributes:
         gate: the linear that an MLP's activation function reads; `up`: what a gated MLP multiplies the result with.
+        between: the norm of the neurons in front of `down`, where there is one (EVA-02's `scale_mlp`).
         scale1, scale2: layer scales `(channels,)`, where there are any.
     """
 
@@ -30,6 +31,7 @@ class Parts:
     norm2: nn.LayerNorm
     gate: nn.Linear
     up: nn.Linear | None
+    between: nn.LayerNorm | None
     down: nn.Linear
     scale2: Tensor | None
     heads: int
@@ -49,6 +51,7 @@ ATTENTION: dict[str, tuple[str, ...]] = {
     "value": ("v_proj", "value", "attention.value"),
     "out": ("o_proj", "out_proj", "output.dense", "proj"),
 }
+OPTIONAL = ("up", "between", "scale1", "scale2")
 
 BLOCKS, ATTENTIONS = ("Block", "EvaBlock"), ("Attention", "EvaAttention", "AttentionRope")  # of timm, that are alike
 
@@ -65,12 +68,12 @@ def parts(tower: Tower, index: int) -> Parts:
     around = [tower.attentions[index], getattr(block, "attention", None)]
     for part, names in ATTENTION.items():
         found[part] = next((value for value in (_first(module, names) for module in around if module) if value), None)
-    found["down"] = tower.downs[index]
+    found |= {"down": tower.downs[index], "between": None}
     if tower.row.package == "timm":
         _of_timm(found, block, tower.attentions[index])
     else:
         found["heads"] = reach(tower.module, "config.num_attention_heads")
-    missing = [part for part, value in found.items() if value is None and part not in ("up", "scale1", "scale2")]
+    missing = [part for part, value in found.items() if value is None and part not in OPTIONAL]
     if missing or found["down"].bias is None or found["gate"].bias is None:
         raise UnsupportedModel(
             f"block {index} ({type(block).__name__}) has no {', '.join(missing) or 'biases in its MLP'} that can be "
@@ -96,13 +99,15 @@ def _of_timm(found: dict[str, Any], block: Any, attention: Any) -> None:
         UnsupportedModel: the algebra does not hold in it.
     """
     keys = reach(attention, "num_kv_heads") or attention.num_heads
-    between = [module for module in (reach(attention, "q_norm"), reach(block, "mlp.norm")) if module is not None]
     plain = type(block).__name__ in BLOCKS and type(attention).__name__ in ATTENTIONS and keys == attention.num_heads
-    norms = all(isinstance(found[name], nn.LayerNorm) and found[name].bias is not None for name in ("norm1", "norm2"))
-    if not (plain and norms and all(isinstance(module, nn.Identity) for module in between)):
+    plain = plain and isinstance(reach(attention, "q_norm") or nn.Identity(), nn.Identity)
+    neurons = reach(block, "mlp.norm")
+    found["between"] = None if isinstance(neurons, nn.Identity) else neurons
+    norms = [found["norm1"], found["norm2"], *([found["between"]] if found["between"] is not None else [])]
+    if not (plain and all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)):
         raise UnsupportedModel(
-            f"{type(block).__name__} with {type(attention).__name__} is not LayerNorm, attention, LayerNorm, MLP with "
-            f"nothing between (no norm of queries, keys or neurons), so its patch cannot be made of weights alone."
+            f"{type(block).__name__} with {type(attention).__name__} is not LayerNorm, attention, LayerNorm and MLP, "
+            f"with no norm of queries and keys, so its patch cannot be made of weights alone."
         )
     found["heads"] = attention.num_heads
     if (qkv := reach(attention, "qkv")) is not None:

@@ -116,8 +116,8 @@ class _Oven:
     state: Tensor = field(init=False)  # of the registers in front of block 0, `(registers, channels)`
 
     def start(self, blocks: range, states: Tensor, seed: Any = None) -> Tensor:
-        """For each kind of register, a free vector that the queries of `blocks` attend to least `(kinds, channels)`."""
-        odds = self._odds(blocks)
+        """For each kind of register, a free vector that changes attention in `blocks` least `(kinds, channels)`."""
+        pull = self._pull(blocks)
 
         def through(vector: Tensor) -> Tensor:
             return algebra.direction(vector if seed is None else seed(vector))
@@ -125,11 +125,11 @@ class _Oven:
         found = states[:0]
         for state in states:
             begin = algebra.direction(state)
-            vector = algebra.repel(odds, len(self.kinds), begin, avoid=found, through=through)
+            vector = algebra.repel(pull, len(self.kinds), begin, avoid=found, through=through)
             found = torch.cat([found, vector[None]])
         return found
 
-    def _odds(self, blocks: range) -> algebra.Odds:
+    def _pull(self, blocks: range) -> algebra.Pull:
         samples = max(1, ROWS // (len(blocks) * parts(self.tower, blocks[0]).heads * len(self.images)))
         random = torch.Generator().manual_seed(0)
         found = []
@@ -141,56 +141,62 @@ class _Oven:
                         tap.keyword(~block, self.tower.attentions[block], self.tower.row.rope)
                 run(self.model, inputs)
             for block in blocks:
-                part, tokens = parts(self.tower, block), tap.seen[block].flatten(0, 1)  # (batch * tokens, channels)
-                picked = torch.randperm(len(tokens), generator=random)[:samples]
-                rope = tap.seen.get(~block)
-                queries, masses = _queries(part, tap.seen[block], picked, self.tower.attentions[block], rope)
-                found.append(
-                    algebra.odds(queries, masses, part.key.weight, _bias(part.key), part.norm1.weight, part.norm1.bias)
-                )
-        return algebra.Odds(torch.cat([one.slopes for one in found]), torch.cat([one.offsets for one in found]))
+                part, tokens = parts(self.tower, block), tap.seen[block]  # (images, tokens, channels)
+                picked = torch.randperm(tokens[..., 0].numel(), generator=random)[:samples]
+                attended = _attended(part, tokens, picked, self.tower.attentions[block], tap.seen.get(~block))
+                norm = (part.norm1.weight, part.norm1.bias)
+                found.append(algebra.pull(*attended, _affine(part.key), _affine(part.value), norm))
+        return algebra.together(found)
 
     def write(self, block: int, targets: Tensor) -> None:
         """Let the MLP of `block` bring the registers to `targets` `(kinds, channels)`."""
         kinds, part = self.kinds, parts(self.tower, block)
-        neurons = self._free(block, len(targets))
-        with patch(self.model, slots(self.state)) as acting, acting.recording() as record:
-            inputs, after = [], []
+        neurons, silent = self._free(block, len(targets))
+        stream = []
+        with patch(self.model, slots(self.state)):
             for batch in self.images:
                 with _Tap() as tap:
-                    tap.output(block, part.norm2)
+                    tap.input(block, part.norm2)
                     run(self.model, batch)
-                inputs.append(tap.seen[block])  # (batch, registers + tokens, channels)
-                after.append(record.registers[block])
+                stream.append(tap.seen[block])  # (batch, registers + tokens, channels)
         count = len(kinds)
-        others = torch.cat([one[:, count:].flatten(0, 1) for one in inputs])
-        registers = torch.cat([one[:, :count] for one in inputs])  # (images, registers, channels)
-        now = torch.cat(after).mean(0)
+        others = torch.cat([part.norm2(one[:, count:]).flatten(0, 1) for one in stream])
+        before = torch.cat([one[:, :count] for one in stream])  # (images, registers, channels)
+        registers = part.norm2(before)
         for kind, neuron in enumerate(neurons):
             mine = kinds == kind
-            inside = registers[:, mine].flatten(0, 1)
-            found = algebra.detector(inside, torch.cat([others, registers[:, ~mine].flatten(0, 1)]))
+            found = algebra.detector(
+                registers[:, mine].flatten(0, 1), torch.cat([others, registers[:, ~mine].flatten(0, 1)])
+            )
             if not found.margin > 0:
                 raise Harmful(
                     f"in block {block} the registers cannot be told from the other tokens by one neuron (margin "
                     f"{found.margin:.2f}), so this plan cannot be made of weights alone: testreg.save keeps it in a "
                     f"checkpoint with code."
                 )
-            part.gate.weight[neuron], part.gate.bias[neuron] = found.weight, found.bias
-            if part.up is not None:  # what the gate lets through is one
-                part.up.weight[neuron], part.up.bias[neuron] = 0, 1
-            with _Tap() as tap:
-                tap.input(block, part.down)
-                mlp: Any = self.tower.blocks[block].mlp
-                mlp(inside)
-            fired = tap.seen[block][:, neuron]
-            part.down.weight[:, neuron] = algebra.column(targets[kind] - now[mine].mean(0), fired, part.scale2)
+            _set(part, neuron, found.weight, found.bias)
+        with _Tap() as tap:
+            tap.input(block, part.down)
+            mlp: Any = self.tower.blocks[block].mlp
+            added = mlp(registers)
+        now = before + (added if part.scale2 is None else added * part.scale2)
+        for kind, neuron in enumerate(neurons):
+            mine = kinds == kind
+            fired = tap.seen[block][:, mine, neuron]
+            if silent is not None:
+                fired = fired - tap.seen[block][:, mine, silent]
+            column = algebra.column(targets[kind] - now[:, mine].mean((0, 1)), fired, part.scale2)
+            part.down.weight[:, neuron] = column
+            if silent is not None:
+                part.down.weight[:, silent] -= column
 
-    def _free(self, block: int, count: int) -> tuple[int, ...]:
-        """Neurons to rewrite: the block's register neurons, which are off now; then those that matter least."""
-        part, free = parts(self.tower, block), self.neurons.get(block, ())[:count]
-        if len(free) == count:
-            return free
+    def _free(self, block: int, count: int) -> tuple[list[int], int | None]:
+        """Neurons to rewrite, those that matter least: `count` detectors, and one that is to be silent.
+
+        The block's register neurons, which are off, matter only to a norm of the neurons. Behind such a norm a silent
+        detector does not read zero on other tokens, but what any silent neuron reads: one of those takes it away.
+        """
+        part = parts(self.tower, block)
         with _Tap() as tap:
             activations = []
             for inputs in self.images:
@@ -200,12 +206,27 @@ class _Oven:
         activation = torch.cat(activations)  # (images * tokens, neurons)
         columns = part.down.weight if part.scale2 is None else part.down.weight * part.scale2[:, None]
         effect = activation.std(0) * columns.norm(dim=0)
-        effect[list(self.neurons.get(block, ()))] = torch.inf
-        least = effect.argsort()[: count - len(free)]
+        if part.between is not None:  # all others grow by half of its share in the variance
+            written = (activation @ columns.T).norm(dim=-1).mean()
+            effect += written * activation.square().mean(0) / (2 * activation.shape[1])
+        least = effect.argsort(stable=True)[: count + (part.between is not None)]
         # Their mean contribution stays, in the bias.
         part.down.bias.add_(part.down.weight[:, least] @ activation[:, least].mean(0))
         part.down.weight[:, least] = 0
-        return (*free, *least.tolist())
+        free = least.tolist()
+        if part.between is None:
+            return free, None
+        part.between.weight[least], part.between.bias[least] = 1, 0
+        silent = free.pop()
+        _set(part, silent, torch.zeros(self.tower.channels), torch.zeros(()))
+        return free, silent
+
+
+def _set(part: Parts, neuron: int, weight: Tensor, bias: Tensor) -> None:
+    """Let `neuron` be the activation function of `weight` `(channels,)` times the input, plus `bias` `()`."""
+    part.gate.weight[neuron], part.gate.bias[neuron] = weight, bias
+    if part.up is not None:  # what the gate lets through is one
+        part.up.weight[neuron], part.up.bias[neuron] = 0, 1
 
 
 class _Tap:
@@ -243,25 +264,29 @@ def _kinds(states: Tensor) -> tuple[Tensor, Tensor]:
     return kinds, firsts
 
 
-def _queries(
+def _attended(
     part: Parts, tokens: Tensor, picked: Tensor, attention: nn.Module, rope: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Queries of the `picked` among all tokens `(heads, picked, width)`, and the log masses of their attention.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the `picked` among all tokens, the log masses of their attention, and its outputs.
 
-    Both are those behind the rotation by `rope`, which no register has a part in.
+    Queries and keys are those behind the rotation by `rope`, which no register has a part in.
+
+    Returns:
+        `(heads, picked, width)`, `(heads, picked)`, `(heads, picked, width)`.
     """
     images, count, _ = tokens.shape
 
     def split(projected: Tensor) -> Tensor:  # (images, tokens, channels) -> (heads, images, tokens, width)
-        by_heads = projected.view(images, count, part.heads, -1).permute(2, 0, 1, 3)
-        return by_heads if rope is None else turned(attention, by_heads, rope)
+        return projected.view(images, count, part.heads, -1).permute(2, 0, 1, 3)
 
-    queries, keys = split(part.query(tokens)), split(part.key(tokens))
-    queries = queries * queries.shape[-1] ** -0.5
-    chosen = queries.flatten(1, 2)[:, picked]
+    queries, keys, values = (split(linear(tokens)) for linear in (part.query, part.key, part.value))
+    if rope is not None:
+        queries, keys = turned(attention, queries, rope), turned(attention, keys, rope)
+    chosen = queries.flatten(1, 2)[:, picked] * queries.shape[-1] ** -0.5
     logits = chosen.unsqueeze(-2) @ keys[:, picked // count].transpose(-1, -2)  # (heads, picked, 1, tokens)
-    return chosen, logits.squeeze(-2).logsumexp(-1)
+    outputs = logits.softmax(-1) @ values[:, picked // count]  # (heads, picked, 1, width)
+    return chosen, logits.squeeze(-2).logsumexp(-1), outputs.squeeze(-2)
 
 
-def _bias(linear: nn.Linear) -> Tensor:
-    return torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+def _affine(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    return linear.weight, torch.zeros(linear.out_features) if linear.bias is None else linear.bias
