@@ -56,7 +56,7 @@ def build(name, **more):
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=(0.5 if name.endswith("fc2") else 0.8) * module.in_features**-0.5)
-        if isinstance(module, nn.LayerNorm) and name.endswith(("mlp.norm", "attn.norm")):  # as no norm is after training
+        if isinstance(module, nn.LayerNorm) and name.endswith(("mlp.norm", "attn.norm")):  # after training none is 1, 0
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
     nn.init.normal_(model.patch_embed.proj.weight, std=(3 * 8 * 8) ** -0.5)
