@@ -27,6 +27,10 @@ class BadImages(TestregError):
     """There are no, too few, or only unreadable calibration images."""
 
 
+class RegistersLeftOut(UserWarning):
+    """A patched model is being written without its registers."""
+
+
 class ImagesSkipped(UserWarning):
     """Some of the images given cannot be used; the others are."""
 

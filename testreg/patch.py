@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import redirect
 from .errors import BadPlan, TestregError
 from .families import Tower, find_tower, reach
+from .guard import Guard
 from .plan import RegisterPlan
 
 PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
@@ -44,7 +45,7 @@ def patch(model: nn.Module, found: RegisterPlan) -> Patch:
         UnsupportedModel: no family describes the model.
         BadPlan: the plan does not fit the model.
     """
-    return Patch(find_tower(model), found)
+    return Patch(model, found)
 
 
 def active(model: nn.Module) -> Patch | None:
@@ -70,9 +71,11 @@ class Record:
 class Patch:
     """Registers on a model; see `patch`. It adds no parameter and no buffer."""
 
-    def __init__(self, tower: Tower, plan: RegisterPlan):
+    def __init__(self, model: nn.Module, plan: RegisterPlan):
+        tower = find_tower(model)
         check(tower, plan)
         self.tower, self.plan = tower, plan
+        self._guard = Guard(model if isinstance(model, nn.Module) else model.model)  # the latter in a pipeline
         self.record: Record | None = None
         self.waiting: dict[int, tuple[int, Tensor]] = {}  # thread -> the block that its registers left last, and they
         self.real: dict[int, Tensor] = {}  # thread -> which tokens are not padding, from the attention to the MLP
@@ -117,6 +120,8 @@ class Patch:
 
     def _install(self) -> None:
         tower, plan = self.tower, self.plan
+        self._guard.on()
+        self._undo.append(self._guard.off)
         for index, (block, down, attention) in enumerate(zip(tower.blocks, tower.downs, tower.attentions, strict=True)):
             registers = plan.registers if index >= plan.entry else 0
             if registers:

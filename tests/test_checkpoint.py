@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import json
 import os
 import subprocess
 import sys
+import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ import testreg
 from testreg import BadCheckpoint, BadPlan, RegisterPlan, TestregError, UnsupportedModel, atomic, base, checkpoint
 from testreg import modeling_testreg as modeling
 from testreg.checkpoint import is_patched, load_base
+from testreg.errors import RegistersLeftOut
 from testreg.recipe import PLAN, Recipe, sha256
 
 NEURONS = {0: (1, 5), 2: (47,)}
@@ -305,6 +309,67 @@ def test_save_pretrained_never_loses_registers_in_silence(saved: Path, tmp_path:
     assert_same(
         outputs(hf.ViTForImageClassification.from_pretrained(tmp_path / "plain"), inputs), outputs(plain, inputs)
     )
+
+
+def test_save_pretrained_of_a_model_patched_in_memory_says_what_it_leaves_out(tmp_path: Path) -> None:
+    model, inputs = build("ViTForImageClassification")
+    plain, attributes = outputs(model, inputs), list(vars(model))
+    one = testreg.patch(model, DYNAMIC)
+    two, copied = testreg.patch(model, constant()), copy.deepcopy(model)
+    for patched_model in (model, copied):
+        with pytest.warns(RegistersLeftOut, match=r"testreg\.save\(model, PATH\)") as told:
+            patched_model.save_pretrained(tmp_path / "weights")  # what trainers do
+        assert told[0].filename == __file__
+    assert_same(outputs(hf.ViTForImageClassification.from_pretrained(tmp_path / "weights"), inputs), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegistersLeftOut)
+        testreg.save(model, tmp_path / "clean")
+        two.remove()
+        with pytest.raises(RegistersLeftOut):
+            model.save_pretrained(tmp_path / "never")  # one patch is still on
+        one.remove()
+        testreg.active(copied).remove(), testreg.active(copied).remove()
+        for unpatched in (model, copied):
+            assert list(vars(unpatched)) == attributes
+            unpatched.save_pretrained(tmp_path / "plain")
+
+
+def test_a_copy_of_the_tower_alone_does_not_take_the_model_along() -> None:
+    model, _ = patched()
+    tower, alive = copy.deepcopy(model.vit), weakref.ref(model)
+    own = testreg.active(tower)
+    del model
+    gc.collect()
+    assert alive() is None
+    own.remove()
+    assert testreg.active(tower) is None
+
+
+def test_a_save_pretrained_that_somebody_else_put_there_stays(tmp_path: Path) -> None:
+    model, _ = build("ViTModel")
+    model.save_pretrained = theirs = lambda *args: None
+    with testreg.patch(model, DYNAMIC):
+        assert model.save_pretrained is theirs
+    assert model.save_pretrained is theirs
+    image_pipeline = hf.pipeline("image-feature-extraction", model=hf.ViTModel(model.config), image_processor=object())
+    with testreg.patch(image_pipeline, DYNAMIC), pytest.warns(RegistersLeftOut):
+        image_pipeline.model.save_pretrained(tmp_path)
+
+
+def test_a_trainer_saves_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, inputs = patched()
+    rows = [{"pixel_values": inputs["pixel_values"][0], "labels": 1}] * 2
+    settings = {"max_steps": 2, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    trainer = hf.Trainer(model, hf.TrainingArguments(str(tmp_path), **settings), train_dataset=rows)
+    with pytest.warns(RegistersLeftOut):
+        trainer.train()
+    with pytest.warns(RegistersLeftOut):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert testreg.active(model) is not None
+    loaded = hf.ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-2").eval()
+    with testreg.patch(loaded, testreg.active(model).plan):
+        assert_same(outputs(loaded, inputs), outputs(model.eval(), inputs))
 
 
 def test_a_loaded_model_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
