@@ -242,12 +242,16 @@ def _instead(model: nn.Module) -> str:
     return "apply it when you need it: testreg.patch(model, testreg.RegisterPlan.load(FILE))."
 
 
-def free(directory: str | Path, model: nn.Module, force: bool) -> Path:
+def free(directory: str | Path, model: nn.Module, replace: bool, how: str = "force=True (--force)") -> Path:
     """The whole path of `directory`, where writing a checkpoint of `model` there loses nothing.
 
+    Args:
+        replace: a checkpoint that it holds may go.
+        how: the user says so.
+
     Raises:
-        BadCheckpoint: it is the model's own, holds something and `force` is not given, holds what is no checkpoint, or
-            cannot be written.
+        BadCheckpoint: it is the model's own, holds something and `replace` is not given, holds what is no checkpoint,
+            or cannot be written.
     """
     target = Path(directory).expanduser().resolve()
     source = str(getattr(model, "name_or_path", "") or "")
@@ -264,8 +268,8 @@ def free(directory: str | Path, model: nn.Module, force: bool) -> Path:
     if not target.exists():
         return target
     held = sorted(target.iterdir())
-    if held and not force:
-        raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass force=True (--force).")
+    if held and not replace:
+        raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass {how}.")
     strangers = [path.name for path in held if not path.is_file() or not _belongs(path.name)]
     if strangers or (held and not _config(target).keys() & {"model_type", "architecture"}):
         has = f"{strangers[0]}, which is no part of a checkpoint" if strangers else "no config of a model"

@@ -38,7 +38,7 @@ def main(debug: bool) -> None:
     testreg demo                                        the same on a small planted model, offline
 
     MODEL is a directory or a name on the Hugging Face hub. Exit codes: 0 done, 1 an error, 2 wrong
-    usage, 3 the model has no artefact, 4 no plan passes the guard.
+    usage, 3 the model has no artefact, 4 no plan or export passes the guard.
     """
 
 

@@ -19,7 +19,8 @@ from .console import writable
 @click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
 @click.option("--library", type=click.Choice(["transformers", "timm"]), help="stock: whose. Default: either.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="stock: a directory; onnx: NAME.onnx.")
-@click.option("--force", is_flag=True, help="Replace what --out holds; write even if the result drifts too far.")
+@click.option("--replace", is_flag=True, help="Replace the checkpoint, or the file, that is there as --out.")
+@click.option("--force", is_flag=True, help="stock: write even if the result drifts too far.")
 @loading
 @as_json
 def export(
@@ -29,6 +30,7 @@ def export(
     plan_file: str | None,
     library: str | None,
     out: Path,
+    replace: bool,
     force: bool,
     as_json: bool,
     **given: Any,
@@ -48,8 +50,9 @@ def export(
 
     if form == "stock" and images is None:
         raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
-    if form == "onnx" and (images or library):
-        raise click.UsageError(f"--format onnx does not take {'--images' if images else '--library'}.")
+    for name, value in {"--images": images, "--library": library, "--force": force}.items():
+        if form == "onnx" and value:
+            raise click.UsageError(f"--format onnx does not take {name}.")
     if form == "onnx":
         writable(out)
     loaded = _load(model, given, patched=True)
@@ -58,12 +61,12 @@ def export(
     if form == "stock":
         from .bake import export_stock
 
-        baked = export_stock(loaded, images, out, library=library, force=force, replace=force)
+        baked = export_stock(loaded, images, out, library=library, force=force, replace=replace)
         told = {"out": str(out), "format": form, "library": baked.library, **baked.summary()}
         return _print_json(told) if as_json else _say(text.stock(told))
     from .onnx import export_onnx
 
     dtype = next(loaded.parameters()).dtype
-    export_onnx(loaded, out, dtype=dtype, replace=force)
+    export_onnx(loaded, out, dtype=dtype, replace=replace)
     told = {"out": str(out), "format": form, "dtype": str(dtype).removeprefix("torch.")}
     return _print_json(told) if as_json else _say(f"ONNX in {out}: {told['dtype']}, checked against PyTorch.")

@@ -55,7 +55,7 @@ def export_onnx(
     if target.suffix != ".onnx" or target.is_dir():
         raise BadCheckpoint(f"{file} is no name of an ONNX file: give one that ends in .onnx.")
     if target.exists() and not replace:
-        raise BadCheckpoint(f"{file} exists: choose another name, or pass replace=True (--force).")
+        raise BadCheckpoint(f"{file} exists: choose another name, or pass replace=True (--replace).")
     if dtype not in TOLERANCE:
         raise TestregError(f"dtype is {dtype}; ONNX export is for torch.float32 and torch.float16.")
     _needs("onnx", "onnxscript", "onnxruntime")

@@ -605,7 +605,12 @@ def test_export_to_stock_weights(clean, photos, tmp_path):
     assert values["library"] == "timm"
     assert values["drift"]["images"] == PHOTOS // 2
     assert json.loads((out / "config.json").read_text())["model_args"]["reg_tokens"] > 0
-    refused("export", clean[0], "--format", "stock", "--images", photos, "--out", out, says="--force")
+    again = ("export", clean[0], "--format", "stock", "--images", photos, "--out", out)
+    before = contents(out)
+    for more in ((), ("--force",)):  # which is about the drift
+        refused(*again, *more, says=("not empty", "--replace"))
+    assert contents(out) == before
+    run(*again, "--replace", "--force")
     said = text.stock(values)
     assert f"local-dir:{out}" in said
     assert f"{values['drift']['patches']:.4f}" in said
@@ -615,7 +620,7 @@ def test_export_to_onnx(clean, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr("testreg.onnx.export_onnx", lambda model, file, **more: written.append((model, file, more)))
     file = tmp_path / "vit.onnx"
-    said = run("export", clean[0], "--format", "onnx", "--dtype", "float16", "--out", file, "--force").stdout
+    said = run("export", clean[0], "--format", "onnx", "--dtype", "float16", "--out", file, "--replace").stdout
     assert f"ONNX in {file}: float16" in said
     ((patched, *rest),) = written
     assert testreg.active(patched) is not None
@@ -625,7 +630,8 @@ def test_export_to_onnx(clean, tmp_path, monkeypatch):
 def test_export_of_a_model_without_registers_or_options_that_do_not_go_together(model, photos, tmp_path):
     out = ("--out", tmp_path / "x.onnx")
     assert "needs --images" in run("export", model, "--format", "stock", *out, code=2).stderr
-    assert "does not take --images" in run("export", model, "--format", "onnx", "--images", photos, *out, code=2).stderr
+    for more in (("--images", photos), ("--library", "timm"), ("--force",)):
+        assert f"does not take {more[0]}" in run("export", model, "--format", "onnx", *more, *out, code=2).stderr
     stock = ("export", model, "--format", "stock", "--images", photos, "--out", tmp_path / "x")
     refused(*stock, says="not patched")
     assert list(tmp_path.iterdir()) == []
@@ -663,5 +669,5 @@ def test_a_real_checkpoint_without_the_artefact_is_refused(assets, tmp_path):
 
 def test_codes_are_those_of_the_help():
     said = " ".join(run("--help").stdout.split())
-    assert "3 the model has no artefact, 4 no plan passes the guard" in said
+    assert "3 the model has no artefact, 4 no plan or export passes the guard" in said
     assert {testreg.NoOutliers: 3, testreg.Harmful: 4} == console.EXITS

@@ -31,6 +31,7 @@ CALIBRATION, HELD_OUT = 32, 64  # images that weights are fitted to, and others 
 FEWEST = 8
 OUTLIER = 3.0  # times the median norm: no patch may reach it, except where the run-time patch leaves it too
 ALIKE = 0.99  # cosine with the run-time patch, of patch features and of answers
+REPLACE = "replace=True (--replace)"  # how the user lets go of what the directory holds
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,9 @@ class Baked:
         built.load_state_dict(weights)
         return built.eval()
 
-    def save(self, directory: str | Path, *, force: bool = False) -> Path:
+    def save(self, directory: str | Path, *, replace: bool = False) -> Path:
         """Write a stock checkpoint; see `export_stock`."""
-        model: Any = self.model
-        target = free(Path(directory).expanduser(), model, force)
+        target = free(directory, self.model, replace, REPLACE)
         try:
             with replacing(target) as build:
                 self._write(build)
@@ -225,9 +225,9 @@ def export_stock(
     plan = plan or (acting.plan if acting else None)
     if plan is None:
         raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan, or testreg.patch(model, found) first.")
-    free(Path(out).expanduser(), loaded, replace)  # before minutes of work
+    free(out, loaded, replace, REPLACE)  # before minutes of work
     baked = bake(loaded, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
-    baked.save(out, force=replace)
+    baked.save(out, replace=replace)
     return baked
 
 
@@ -263,7 +263,7 @@ def _judge(drift: Drift) -> None:
     if reasons:
         raise Harmful(
             f"weights alone do not do here what the patch does ({' and '.join(reasons)}): {drift}. Keep the patch in a "
-            f"checkpoint with code (testreg.save), or pass force=True to take it all the same."
+            f"checkpoint with code (testreg.save), or pass force=True (--force) to take it all the same."
         )
 
 
