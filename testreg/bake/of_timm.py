@@ -25,8 +25,9 @@ def check(tower: Tower) -> None:
     module: Any = tower.module
     if not hasattr(module, "_model_args"):
         raise UnsupportedModel(
-            f"how this {type(module).__name__} was built is not known, as it is neither of timm.create_model nor of a "
-            f"timm that keeps the arguments (1.0.31 does): make it by timm.create_model and load its weights there."
+            f"how this {type(module).__name__} was built is not known, as it is not of timm.create_model, or of a timm "
+            f"before 1.0.31, which does not keep the arguments: pip install -U timm, make it by timm.create_model and "
+            f"load its weights there."
         )
     if type(module).__name__ != tower.row.towers:
         raise UnsupportedModel(
