@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
@@ -19,6 +19,7 @@ from .metrics.outliers import BlockNorms
 from .metrics.sinks import EPSILON, received
 from .observe import observe, run
 from .parallel import share, shared
+from .scan import Kept
 from .text_inspection import TextInspection
 from .trial import Threshold
 
@@ -154,7 +155,7 @@ def inspect(
             images=norms.images,
             family=tower.family,
             native=_native(tower),
-            attention=_attending(model, tower, [image.inputs for image in counted.sample]),
+            attention=_attending(model, tower, counted.sample),
         )
 
     with quiet(model):
@@ -168,15 +169,15 @@ class _Received(dict[int, Tensor]):
         super().__setitem__(block, received(maps).cpu())
 
 
-def _attending(model: nn.Module, tower: Tower, images: list[Mapping[str, Tensor]]) -> Attending | None:
+def _attending(model: nn.Module, tower: Tower, images: Iterable[Kept]) -> Attending | None:
     rows = []
     native = _native(tower)
     blocks = range(len(tower.blocks))
     try:
         with observe(model, attentions=blocks) as seen:
-            for inputs in images:
+            for image in images:
                 seen.attentions = _Received()
-                run(model, inputs)
+                run(model, image.inputs)
                 alpha = torch.stack([seen.attentions[block] for block in blocks]).squeeze(1)  # (blocks, heads, tokens)
                 patches = alpha[..., tower.prefix :]
                 shares = (

@@ -1,7 +1,7 @@
 """What images do inside a tower: patch norms of every block as sums that add up, and a few images to look at closely.
 
 Memory does not grow with the number of images: norms go into histograms, and of the images themselves only a sample
-is kept, those with the lowest digests, which depends neither on their order nor on the size of the batches.
+is kept, on the disk: those with the lowest digests, which depends neither on their order nor on the batches' size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from .errors import TestregError
 from .families import Tower
 from .images import Batch
 from .observe import run
+from .ondisk import OnDisk
 
 PER_OCTAVE = 32  # histogram bins per factor of two: quantiles are good to 2 %
 LOWEST = -24  # log2 of the lowest bin
@@ -27,6 +28,7 @@ BINS = 48 * PER_OCTAVE
 SAMPLE = 48  # images that are kept: a third each for ranking, trials and guard
 PADDING = ("pixel_attention_mask", "patch_attention_mask")  # inputs that say which patches are none
 PATCHES = 256  # patches of a kept image whose features are compared before and after
+FEATURES = "last.features"  # a name that no input of a model can have
 
 
 class Histogram:
@@ -113,17 +115,25 @@ class Kept:
     """One image of the sample, and what the unpatched model makes of it, on the CPU.
 
     Attributes:
-        inputs: of the model, each with an axis of one image.
         norms: of its patches `(blocks, patches)`.
         output: logits or pooled output `(channels,)`.
-        features: residual stream of some of its patches after the last block `(some patches, channels)`.
+        large: what lies on the disk, inputs and features.
     """
 
     digest: str
-    inputs: Mapping[str, Tensor]
     norms: Tensor
     output: Tensor
-    features: Tensor
+    large: Mapping[str, Tensor]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Of the model, each with an axis of one image; read now."""
+        return {name: self.large[name] for name in self.large if name != FEATURES}
+
+    @property
+    def features(self) -> Tensor:
+        """Residual stream of some of its patches after the last block `(some patches, channels)`; read now."""
+        return self.large[FEATURES]
 
 
 class Sample:
@@ -143,7 +153,7 @@ class Sample:
     def __add__(self, other: Sample) -> Sample:
         total = Sample(self.size)
         for image in (*self, *other):
-            total.add(image.digest, partial(_same, image))
+            total.add(image.digest, partial(_put, image))
         return total
 
     def __iter__(self) -> Iterator[Kept]:
@@ -165,6 +175,7 @@ def scan(model: nn.Module, tower: Tower, batches: Iterable[Batch], size: int = S
         norms.add(seen.norms)
         for index, digest in enumerate(batch.digests):
             sample.add(digest, partial(_keep, digest, batch, index, seen))
+        del batch, seen  # or they would wait in memory for the next ones
     return norms, sample
 
 
@@ -261,13 +272,15 @@ def _unpadded(norms: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _keep(digest: str, batch: Batch, index: int, seen: Look) -> Kept:
+    inputs = {key: tensor[index : index + 1] for key, tensor in batch.inputs.items()}
+    large = OnDisk({**inputs, FEATURES: seen.features[index].cpu()})
     # Clones, or a view of one image would hold its whole batch.
-    inputs = {key: tensor[index : index + 1].clone() for key, tensor in batch.inputs.items()}
-    return Kept(digest, inputs, *(part[index].cpu().clone() for part in (seen.norms, seen.output, seen.features)))
+    return Kept(digest, seen.norms[index].cpu().clone(), seen.output[index].cpu().clone(), large)
 
 
-def _same(image: Kept) -> Kept:
-    return image
+def _put(image: Kept) -> Kept:
+    """The image on this process's disk; from another process it comes in memory."""
+    return image if isinstance(image.large, OnDisk) else replace(image, large=OnDisk(image.large))
 
 
 def _some(patches: Tensor) -> Tensor:

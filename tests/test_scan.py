@@ -1,6 +1,7 @@
 """Statistics of images: sums that add up exactly, a sample that does not depend on order, memory that does not grow."""
 
 import gc
+import pickle
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from testreg.count import quiet
 from testreg.errors import TestregError
 from testreg.families import find_tower
 from testreg.images import Batch, stream
-from testreg.scan import Histogram, Kept, Norms, Sample, look, scan
+from testreg.ondisk import OnDisk
+from testreg.scan import SAMPLE, Histogram, Kept, Norms, Sample, look, scan
 
 BLOCKS = 3
 HISTOGRAMS = ("norms", "ratios", "peaks", "highest")
@@ -50,7 +52,7 @@ def test_quantiles_lie_within_a_bin_of_the_exact_ones(values, share):
 
 
 def kept(digest):
-    return Kept(digest, {}, torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, 1))
+    return Kept(digest, torch.zeros(1, 1), torch.zeros(1), {})
 
 
 def sampled(digests, size=4):
@@ -134,21 +136,45 @@ def test_memory_does_not_grow_with_the_number_of_images():
     def images():
         random = torch.Generator().manual_seed(0)
         for index in range(300):
-            if index in (83, 299):  # both are the last of a batch
+            if index in (11, 299):  # both are the last of a batch
                 alive[index] = bytes_alive()
             yield torch.randn(3, zoo.SIZE, zoo.SIZE, generator=random)
 
     with quiet(model):
-        norms, sample = scan(model, find_tower(model), stream(images(), batch_size=4), size=8)
-    assert (norms.images, len(sample)) == (300, 8)
-    assert alive[299] < 1.02 * alive[83]
+        norms, sample = scan(model, find_tower(model), stream(images(), batch_size=4))
+    assert (norms.images, len(sample)) == (300, SAMPLE)
+    small = sum(image.norms.nbytes + image.output.nbytes for image in sample)
+    assert alive[299] <= alive[11] + small < 1.1 * alive[11]
 
 
-def test_a_kept_image_does_not_hold_its_batch():
+def test_a_kept_image_holds_neither_its_batch_nor_what_is_large():
     model, inputs = zoo.build("ViTModel", 16)
     batch = Batch(inputs, tuple(f"{index:064x}" for index in range(16)))
     with quiet(model):
         _, sample = scan(model, find_tower(model), [batch], size=2)
-    for image in sample:
-        for tensor in (*image.inputs.values(), image.norms, image.output, image.features):
+        seen = look(model, find_tower(model), inputs)
+    for index, image in enumerate(sample):
+        assert isinstance(image.large, OnDisk)
+        for tensor in (image.norms, image.output):
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        assert image.inputs.keys() == inputs.keys()
+        assert all(torch.equal(image.inputs[name][0], inputs[name][index]) for name in inputs)
+        assert torch.equal(image.features, seen.features[index])
+
+
+def test_samples_of_other_processes_go_to_the_disk_of_this_one_as_far_as_they_are_kept():
+    model, inputs = zoo.build("ViTModel", 16)
+    parts = []
+    for start in (0, 8):
+        digests = tuple(f"{index:064x}" for index in range(start, start + 8))
+        batch = Batch({name: rows[start : start + 8] for name, rows in inputs.items()}, digests)
+        with quiet(model):
+            parts.append(scan(model, find_tower(model), [batch], size=10)[1])
+    travelled = [pickle.loads(pickle.dumps(part)) for part in parts]
+    together = travelled[0] + travelled[1]
+    assert len(together) == 10
+    for index, image in enumerate(together):
+        assert isinstance(image.large, OnDisk)
+        assert torch.equal(image.inputs["pixel_values"][0], inputs["pixel_values"][index])
+    for image in parts[0] + parts[1]:  # of one process, they stay where they are
+        assert any(image.large is part.large for own in parts for part in own)
