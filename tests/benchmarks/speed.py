@@ -1,19 +1,23 @@
 """What registers cost in time and memory, and what it costs to find them: `python -m tests.benchmarks.speed`.
 
-Ratios within one run, never absolute times: the arms of a row run in turns, in one process, and a row shows the median
-over the turns of each arm's time over its partner's in the same turn. "CPU" is the same of the process's CPU time,
-which other work on the machine disturbs less. Memory is the peak of a process that does one thing. The results go
-into docs/benchmarks.md.
+Ratios within one run, never absolute times: the arms of a row run in turns, in one process and an order that is drawn
+anew for each turn, and a row shows the median over the turns of each arm's time over its partner's in the same turn,
+with the 95 % interval of that median. "CPU" is the median of the process's CPU time, which other work on the machine
+disturbs less. Arms that do the same with the same weights share them in memory, and "unpatched again" is a control: how
+far it is from 1 is how far a machine can be trusted. Memory is the peak of a process that does one thing. The results
+go into docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import math
 import multiprocessing
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -27,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers.utils import logging
 
 import testreg
+from testreg import redirect
 from testreg.count import quiet
 from testreg.families import find_tower
 from testreg.images import stream
@@ -61,10 +67,15 @@ def vit(shape: str, pixels: int = 224, *, native: int = 0, depth: int | None = N
 
 
 def twin(model: torch.nn.Module, shape: str, pixels: int, native: int) -> torch.nn.Module:
-    """The same weights where `native` register tokens are part of the architecture."""
+    """The same weights, in the same memory, where `native` register tokens are part of the architecture."""
     other = vit(shape, pixels, native=native)
-    other.load_state_dict(model.state_dict(), strict=False)
+    other.load_state_dict(model.state_dict(), strict=False, assign=True)
     return other
+
+
+def again(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model once more, with its weights in the same memory."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
 def plans(shape: str, registers: int) -> dict[str, testreg.RegisterPlan]:
@@ -81,15 +92,18 @@ def plans(shape: str, registers: int) -> dict[str, testreg.RegisterPlan]:
 # Measuring
 
 
-def paired(arms: dict[str, Arm], seconds: float, most: int = 200) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of every arm in every turn; turns until `seconds` are over, seven at least."""
+def paired(
+    arms: dict[str, Arm], seconds: float, least: int = 7, most: int = 200
+) -> dict[str, list[tuple[float, float]]]:
+    """Wall and CPU seconds of every arm in every turn; turns until `seconds` are over, `least` of them at least."""
     for arm in arms.values():
         arm()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     end, turn = time.perf_counter() + seconds, 0
-    names = list(arms)
-    while turn < 7 or (time.perf_counter() < end and turn < most):
-        for name in names if turn % 2 == 0 else reversed(names):  # nobody is always the one after a certain other
+    names, order = list(arms), random.Random(0)
+    while turn < least or (time.perf_counter() < end and turn < most):
+        order.shuffle(names)  # nobody is always the one after a certain other
+        for name in names:
             wall, cpu = time.perf_counter(), time.process_time()
             arms[name]()
             taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
@@ -98,9 +112,15 @@ def paired(arms: dict[str, Arm], seconds: float, most: int = 200) -> dict[str, l
 
 
 def over(taken: dict[str, list[tuple[float, float]]], arm: str, base: str) -> Row:
-    """Median of the paired ratios, by the wall and by the CPU."""
-    pairs = list(zip(taken[arm], taken[base], strict=True))
-    return tuple(f"{statistics.median(ours[kind] / theirs[kind] for ours, theirs in pairs):.3f}" for kind in (0, 1))
+    """Median of the paired ratios with its 95 % interval, by the wall; and by the CPU."""
+    wall, cpu = (
+        sorted(ours[kind] / theirs[kind] for ours, theirs in zip(taken[arm], taken[base], strict=True))
+        for kind in (0, 1)
+    )
+    reach = 0.98 * len(wall) ** 0.5  # of the ranks around the middle one, by the binomial distribution
+    low, high = max(0, math.floor(len(wall) / 2 - reach)), min(len(wall) - 1, math.ceil(len(wall) / 2 + reach) - 1)
+    middle, processor = statistics.median(wall), statistics.median(cpu)
+    return f"{middle:.3f} [{wall[low]:.3f}, {wall[high]:.3f}]", f"{processor:.3f}"
 
 
 def table(head: Row, rows: Iterator[Row] | list[Row]) -> list[str]:
@@ -139,26 +159,27 @@ def forwards(shapes: list[tuple[str, int, int, str]], seconds: float, device: st
 
     def rows() -> Iterator[Row]:
         for shape, pixels, batch, dtype in shapes:
-            for registers in (1, 4) if shape != "L" and batch == 1 and not mode else (1,):
-                for arm, ratios in _forward(shape, pixels, batch, dtype, registers, seconds, device, mode):
-                    yield (f"ViT-{shape}", str(pixels), str(batch), dtype, str(registers), arm, *ratios)
+            for registers in (1, 4) if batch == 1 and not mode else (1,):
+                about = (f"ViT-{shape}", str(pixels), str(batch), dtype, str(registers))
+                taken = _forward(shape, pixels, batch, dtype, registers, seconds, device, mode)
+                for arm in ("dynamic", "constant", "native", "unpatched again"):
+                    yield (*about, arm, *over(taken, arm, "unpatched"), *over(taken, arm, "native"))
 
     return table(head, rows())
 
 
 def _forward(
     shape: str, pixels: int, batch: int, dtype: str, registers: int, seconds: float, device: str, mode: str
-) -> Iterator[tuple[str, Row]]:
-    models = {"unpatched": vit(shape, pixels)}
-    models["native"] = twin(models["unpatched"], shape, pixels, registers)
+) -> dict[str, list[tuple[float, float]]]:
+    base = vit(shape, pixels).to(device, getattr(torch, dtype))
+    native = twin(base, shape, pixels, registers).to(device, getattr(torch, dtype))
+    models = {"unpatched": base, "unpatched again": again(base), "native": native}
     for form, plan in plans(shape, registers).items():
-        models[form] = vit(shape, pixels)
-        models[form].load_state_dict(models["unpatched"].state_dict())
+        models[form] = again(base)
         testreg.patch(models[form], plan)
     images = torch.randn(batch, 3, pixels, pixels).to(device, getattr(torch, dtype))
 
     def arm(model: Any) -> Arm:
-        model.to(device, getattr(torch, dtype))
         called = torch.compile(model, mode=None if mode == "default" else mode) if mode else model
 
         def forward() -> None:
@@ -170,9 +191,62 @@ def _forward(
         return forward
 
     torch.compiler.reset()
-    taken = paired({name: arm(model) for name, model in models.items()}, seconds)
-    for form in ("dynamic", "constant"):
-        yield form, over(taken, form, "unpatched") + over(taken, form, "native")
+    return paired({name: arm(model) for name, model in models.items()}, seconds, 7 if shape != "L" else 5)
+
+
+def pieces(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
+    """Where the time of a patch goes: everything that it does in one forward pass, over that pass without it."""
+
+    def rows() -> Iterator[Row]:
+        for shape, pixels, batch in settings:
+            model = vit(shape, pixels)
+            tower = find_tower(model)
+            images = torch.randn(batch, 3, pixels, pixels)
+            tokens = torch.randn(batch, tower.prefix + (pixels // PATCH) ** 2, tower.channels)
+            joined = redirect.join(tokens[:1, :1], tokens)
+            activation = torch.randn(*joined.shape[:2], tower.neurons[0])
+            neurons = torch.tensor([3, 4])
+
+            def wrappers(model: torch.nn.Module = model, tokens: Tensor = tokens) -> Arm:
+                """All blocks and attentions, their own work left out."""
+                idle = again(model)
+                inner = find_tower(idle)
+                for module in (*inner.blocks, *inner.attentions):
+                    module.forward = lambda hidden_states, *args, **kwargs: hidden_states
+                testreg.patch(idle, testreg.RegisterPlan({}, 1))
+
+                def called() -> None:
+                    hidden = tokens
+                    for block, attention in zip(inner.blocks, inner.attentions, strict=True):
+                        attention(hidden)
+                        hidden = block(hidden)
+
+                return called
+
+            done = {
+                "registers join, tokens leave": lambda tokens=tokens, joined=joined: (
+                    redirect.join(tokens[:1, :1], tokens),
+                    joined[:, 1:].contiguous(),
+                ),
+                "the wrappers of blocks and attentions": wrappers(),
+                "neurons moved in 2 blocks, dynamic": lambda activation=activation, neurons=neurons: [
+                    redirect.move(activation, neurons, 1, fill=True) for _ in range(2)
+                ],
+                "neurons moved in 2 blocks, constant": lambda activation=activation, neurons=neurons: [
+                    redirect.move(activation, neurons, 1, fill=False) for _ in range(2)
+                ],
+            }
+            arms = {name: torch.inference_mode()(work) for name, work in done.items()}
+            arms["pass"] = torch.inference_mode()(lambda model=model, images=images: model(images))
+            taken = paired(arms, seconds)
+            for name in done:
+                share = statistics.median(
+                    ours[0] / theirs[0] for ours, theirs in zip(taken[name], taken["pass"], strict=True)
+                )
+                yield f"ViT-{shape}", str(pixels), str(batch), name, f"{share:.2%}"
+
+    print("\npieces", flush=True)
+    return table(("shape", "pixels", "batch", "piece", "share of the unpatched pass"), rows())
 
 
 def breaks() -> list[str]:
@@ -218,9 +292,9 @@ def memories(settings: list[tuple[str, int, int]]) -> list[str]:
 
 def pictures(count: int, pixels: int) -> Iterator[Tensor]:
     """Processed images, none of them held."""
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(count):
-        yield torch.randn(3, pixels, pixels, generator=random)
+        yield torch.randn(3, pixels, pixels, generator=generator)
 
 
 def plain(model: torch.nn.Module, images: Any, batch: int) -> None:
@@ -308,7 +382,7 @@ def finds(counts: tuple[int, ...], seconds: float) -> list[str]:
 
 
 def checkpoints(shapes: list[str], seconds: float) -> list[str]:
-    """Sizes and times of saving and loading, patched over original."""
+    """Sizes and times of saving and loading, patched over original: both hash all weights, and loading checks them."""
 
     def size(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -327,13 +401,13 @@ def checkpoints(shapes: list[str], seconds: float) -> list[str]:
                     "plain load": lambda before=before: Dinov2Model.from_pretrained(before),
                 }
                 taken = paired(arms, seconds, 10)
-                weights = size(after) / size(before)
-                extra = (size(after) - size(before)) / 1024
+                card = (after / "README.md").stat().st_size
+                share, extra = (size(after) - card) / size(before), (size(after) - card - size(before)) / 1024
                 times = (over(taken, "save", "plain save")[0], over(taken, "load", "plain load")[0])
-                yield (f"ViT-{shape}", f"{weights:.5f}", f"{extra:.0f} KiB", *times)
+                yield (f"ViT-{shape}", f"{share:.5f}", f"{extra:.0f} KiB", f"{card / 1024:.1f} KiB", *times)
 
     print("\ncheckpoints", flush=True)
-    head = ("shape", "size over original", "extra, model card included", "save over plain", "load over plain")
+    head = ("shape", "size over original", "which is more by", "model card", "save over plain", "load over plain")
     return table(head, rows())
 
 
@@ -395,22 +469,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="for each row of a table (default: 20, quick: 3)")
     parser.add_argument("--out", type=Path, default=DOCS, help="where the tables go (default: docs/benchmarks.md)")
     given = parser.parse_args()
+    logging.disable_progress_bar()
     quick, seconds = given.quick, given.seconds or (3 if given.quick else 20)
 
     small = [("Ti", 224, 1, "float32"), ("Ti", 224, 32, "float32"), ("B", 224, 8, "float32")]
     large = [
-        ("Ti", 518, 1, "float32"),
-        ("Ti", 224, 32, "bfloat16"),
         ("B", 224, 1, "float32"),
-        ("B", 224, 8, "bfloat16"),
-        ("B", 518, 1, "float32"),
+        ("B", 224, 32, "float32"),
         ("L", 224, 1, "float32"),
-        ("L", 224, 8, "float32"),
-        ("L", 518, 1, "float32"),
+        ("L", 224, 32, "float32"),
+        *((shape, 518, 1, "float32") for shape in SHAPES),
+        *((shape, 224, 1, "bfloat16") for shape in SHAPES),
+        ("Ti", 224, 32, "bfloat16"),
+        ("B", 224, 8, "bfloat16"),
     ]
     eager = small if quick else small + large
     sections: dict[str, Callable[[], list[str]]] = {
         "Forward passes, eager": lambda: forwards(eager, seconds),
+        "Where the time of a patch goes": lambda: pieces([("Ti", 224, 1), ("B", 224, 8)], seconds),
         "Forward passes, torch.compile": lambda: forwards(small[: 1 if quick else 3], seconds, mode="default"),
         "Graph breaks": breaks,
         "Peak memory of forward passes": lambda: memories([("B", 224, 8)] if quick else [("B", 224, 8), ("B", 518, 4)]),
