@@ -31,7 +31,7 @@ def digests(images, **more):
 
 @pytest.fixture(scope="module")
 def shards(folder, tmp_path_factory):
-    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    import webdataset
     target = tmp_path_factory.mktemp("shards")
     photos = sorted(folder.iterdir())
     for shard in range(2):
@@ -71,7 +71,7 @@ DATASETS = {
 
 @pytest.mark.parametrize("form", DATASETS)
 def test_datasets(folder, form):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    import datasets
     photos = [str(path) for path in sorted(folder.iterdir())]
     rows = datasets.Dataset.from_dict({"image": photos, "label": [1] * COUNT})
     images = DATASETS[form](rows.cast_column("image", datasets.Image()), datasets)
