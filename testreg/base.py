@@ -70,7 +70,7 @@ def check_base(plan: RegisterPlan, model: nn.Module) -> None:
         raise BadPlan(
             f"the plan was found on {base.get('model') or 'a model'!r} ({', '.join(sorted(map(str, recorded)))}), but "
             f"{name(model) or type(model).__name__!r} has other weights: find its own registers with testreg.find, "
-            f"load the model in the precision of the plan, or force it."
+            f"or load the model in the precision of the plan; `testreg patch --force` takes the plan as it is."
         )
 
 

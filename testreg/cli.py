@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from . import text
-from .console import Commands, writable, writing
+from .console import Commands, wrapped, writable, writing
 from .errors import TestregError
 
 DEMO = """This is a demonstration: {model} is a small random Vision Transformer
@@ -54,13 +54,18 @@ def options(*which: Callable[..., Any]) -> Callable[..., Any]:
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 loading = options(
     click.option("--device", help="Where to run, as torch names it: cpu, cuda, mps. Default: cuda where there is one."),
-    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: the checkpoint's."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: as in the checkpoint."
+    ),
 )
 IMAGES: dict[str, Any] = {"type": click.Path(), "help": "A folder of photos, or one; 16 to 64 are enough."}
 running = options(
-    click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True),
-    click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that decode photos."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Photos at a time.", show_default=True),
+    click.option("--workers", type=click.IntRange(min=0), help="Processes that decode photos. Default: this one."),
     loading,
+)
+with_plan = click.option(
+    "--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none, as `find --out` wrote them."
 )
 photos = options(click.option("--images", required=True, **IMAGES), running)
 choices = options(
@@ -68,9 +73,17 @@ choices = options(
     click.option("--blocks", help="Where register neurons may be: FIRST-LAST, from 0."),
     click.option("--top-k", type=int, help="Number of register neurons."),
     click.option("--registers", type=int, help="Number of registers."),
-    click.option("--form", type=click.Choice(["dynamic", "constant"]), help="What the registers hold."),
+    click.option(
+        "--form", type=click.Choice(["dynamic", "constant"]), help="What the registers hold: maxima, or a constant."
+    ),
     click.option("--entry", type=int, help="Block before which the registers join; 0 = with the embeddings."),
-    click.option("--recipe", type=click.Choice(["auto", "paper"]), default="auto", help="paper = as published."),
+    click.option(
+        "--recipe",
+        type=click.Choice(["auto", "paper"]),
+        default="auto",
+        help="paper = as published.",
+        show_default=True,
+    ),
 )
 
 
@@ -87,14 +100,10 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 
     \b
     testreg patch google/vit-base-patch16-224 --images photos/ --out vit-clean
-    """
-    from . import RegisterPlan
-    from .base import check_base
 
-    loaded = _load(model, given)
-    plan = RegisterPlan.load(plan_file) if plan_file else None
-    if plan and not force:
-        check_base(plan, loaded)
+    Nothing needs to be set: what no option fixes is found.
+    """
+    loaded, plan = _load_both(model, plan_file, given, patched=False, check=not force)
     _, told = _patch(loaded, plan, out, given, force=force)
     if as_json:
         return _print_json(told)
@@ -110,10 +119,12 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 @click.option("--force", is_flag=True, help="Give the best plan even if the guard refuses it.")
 @as_json
 def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool, **given: Any) -> None:
-    """Find the register neurons of MODEL and the registers that take their place, and save neither.
+    """Find the register neurons of MODEL and the registers that take their place. The model is not changed.
 
     \b
     testreg find google/vit-base-patch16-224 --images photos/ --explain --out plan.safetensors
+
+    Nothing needs to be set: what no option fixes is found.
     """
     from .parallel import leads
 
@@ -158,39 +169,14 @@ def inspect(
         from .language import find_blocks
 
         read = look(_load(model, given, check=find_blocks), text=text_file, batch_size=given["batch_size"])
-        return _print_json(read.to_dict()) if as_json else _say(text.sinks(read.to_dict()), read.verdict)
-    found = look(_load(model, given, patched=True), images, threshold=threshold, **_running(given))
+        return _print_json(read.to_dict()) if as_json else _say(text.sinks(read.to_dict()), wrapped(read.verdict))
+    found = look(
+        _load(model, {**given, "images": images}, patched=True), images, threshold=threshold, **_running(given)
+    )
     if as_json:
         return _print_json(found.to_dict())
     _say(text.norms(found.to_dict()["blocks"]), f"An outlier has {found.threshold} or more; {found.images} photos.")
-    _say(text.attention(found.to_dict()["attention"]), found.verdict)
-
-
-@main.command(short_help="Draw norm maps and attention before and after.")
-@click.argument("model")
-@click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
-@click.option("--out", type=click.Path(path_type=Path), default="before_after.png", show_default=True)
-@loading
-@as_json
-def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, as_json: bool, **given: Any) -> None:
-    """Draw patch norms and class-token attention of IMAGES before and after, side by side.
-
-    \b
-    testreg show vit-clean photos/one.jpg photos/two.jpg --out before_after.png
-    """
-    from . import RegisterPlan
-    from .show import PICTURES
-    from .show import show as draw
-
-    writable(out, PICTURES)
-    plan = RegisterPlan.load(plan_file) if plan_file else None
-    figure = draw(_load(model, given, patched=True), plan, list(images))
-    with writing(out) as file:
-        figure.savefig(file, dpi=150)
-    if as_json:
-        return _print_json({"picture": str(out)})
-    _say(f"Picture in {out}.")
+    _say(wrapped(text.attention(found.to_dict()["attention"])), wrapped(found.verdict))
 
 
 @main.command(short_help="The main job offline, on a small planted model.")
@@ -198,7 +184,7 @@ def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, 
 @click.option("--force", is_flag=True, help="Use a directory that holds an earlier demonstration.")
 @as_json
 def demo(out: Path, force: bool, as_json: bool) -> None:
-    """Do the main job offline, on a small model with planted register neurons and photos from scikit-image.
+    """Do the main job offline: photos from scikit-image, and a small model with planted register neurons.
 
     \b
     testreg demo --out demo
@@ -253,16 +239,35 @@ def _load(
     import torch
 
     from .checkpoint import is_patched, load, load_base
+    from .sources import existing
 
+    images = given.get("images") or ()
+    for path in [images] if isinstance(images, (str, Path)) else images:
+        existing(path)  # a typo is told before anything slow
     device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch says that a device is not there by either
+        raise TestregError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     kwargs: dict[str, Any] = {"dtype": getattr(torch, given["dtype"])} if given["dtype"] else {}
     if check:
         kwargs["check"] = check
     loaded = load(model, **kwargs) if patched and is_patched(model) else load_base(model, **kwargs)
-    try:
-        return loaded.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch says that a device is not there by either
-        raise TestregError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    return loaded.to(device)
+
+
+def _load_both(
+    model: str, plan_file: str | None, given: Mapping[str, Any], *, patched: bool = True, check: bool = True
+) -> tuple[Any, Any]:
+    """The model, and the plan, if any, which has to be of this model."""
+    from . import RegisterPlan
+    from .base import check_base
+
+    plan = RegisterPlan.load(plan_file) if plan_file else None
+    loaded = _load(model, given, patched=patched)
+    if plan and check:
+        check_base(plan, loaded)
+    return loaded, plan
 
 
 def _find(model: Any, given: Mapping[str, Any], *, force: bool) -> Any:
@@ -278,7 +283,7 @@ def _running(given: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "batch_size": given["batch_size"],
-        "workers": given["workers"],
+        "workers": given["workers"] or 0,
         "progress": leads() and sys.stderr.isatty(),
     }
 

@@ -1,4 +1,4 @@
-"""The commands that judge: `evaluate` and `report`."""
+"""The commands that show what registers do: `evaluate`, `report` and `show`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from . import text
-from .cli import _load, _print_json, _say, as_json, loading, main
-from .console import writable, writing
+from .cli import _load, _load_both, _print_json, _say, as_json, loading, main, with_plan
+from .console import wrapped, writable, writing
 
 TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
 
@@ -20,7 +20,7 @@ TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "c
 @click.argument("model")
 @click.option("--data", type=click.Path(), required=True, help="A folder of photos with the labels of the task.")
 @click.option("--task", type=click.Choice(TASKS), required=True, help="What to measure.")
-@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
+@with_plan
 @click.option("--against", multiple=True, help="Another checkpoint to compare with, as it is; may be given again.")
 @click.option(
     "--baselines/--no-baselines", default=True, help="Judge the baselines of the protocol too.", show_default=True
@@ -57,7 +57,6 @@ def evaluate(
     \b
     testreg evaluate vit-clean --data photos/ --task discovery --out table.csv
     """
-    from . import RegisterPlan
     from . import inspect as look
     from .evaluate import TABLES
     from .evaluate import evaluate as judge
@@ -69,8 +68,7 @@ def evaluate(
     settings = {name: given[name] for name in ("side", "sweep") if given[name]}
     if given["foreground"]:
         settings["foreground"] = _values(given["foreground"])
-    plan = RegisterPlan.load(plan_file) if plan_file else None
-    loaded = _load(model, given, patched=True)
+    loaded, plan = _load_both(model, plan_file, {**given, "images": data})
     table = judge(
         loaded,
         data,
@@ -88,14 +86,14 @@ def evaluate(
         return _print_json(table.to_dict())
     if not plan and not active(loaded):
         photos = [sample.path for sample in photos_of(data)[: limit or 64]]
-        _say(look(loaded, photos).verdict, "")
+        _say(wrapped(look(loaded, photos).verdict), "")
     _say(text.judged(str(data), table.provenance), str(table), *(f"Table in {path}." for path in out))
 
 
 @main.command(short_help="One HTML page: before and after.")
 @click.argument("model")
 @click.option("--images", type=click.Path(), required=True, help="A folder of photos.")
-@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
+@with_plan
 @click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Use only the first photos.")
 @loading
@@ -106,18 +104,43 @@ def report(model: str, images: str, plan_file: str | None, out: Path, limit: int
     \b
     testreg report vit-clean --images photos/ --out report.html
     """
-    from . import RegisterPlan
     from .report import report as write
     from .report import save
 
     writable(out)
-    plan = RegisterPlan.load(plan_file) if plan_file else None
-    page = write(_load(model, given, patched=True), images, plan=plan, most=limit)
+    loaded, plan = _load_both(model, plan_file, {**given, "images": images})
+    page = write(loaded, images, plan=plan, most=limit)
     with writing(out) as file:
         save(page, file)
     if as_json:
         return _print_json({"report": str(out)})
     _say(f"Report in {out}.")
+
+
+@main.command(short_help="Draw norm maps and attention before and after.")
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@with_plan
+@click.option("--out", type=click.Path(path_type=Path), default="before_after.png", show_default=True)
+@loading
+@as_json
+def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, as_json: bool, **given: Any) -> None:
+    """Draw patch norms and class-token attention of IMAGES, at most 12, before and after, side by side.
+
+    \b
+    testreg show vit-clean photos/one.jpg photos/two.jpg --out before_after.png
+    """
+    from .show import PICTURES
+    from .show import show as draw
+
+    writable(out, PICTURES)
+    loaded, plan = _load_both(model, plan_file, {**given, "images": images})
+    figure = draw(loaded, plan, list(images))
+    with writing(out) as file:
+        figure.savefig(file, dpi=150)
+    if as_json:
+        return _print_json({"picture": str(out)})
+    _say(f"Picture in {out}.")
 
 
 def _task(name: str, settings: dict[str, Any]) -> Any:

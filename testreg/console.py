@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -61,7 +64,7 @@ class Commands(click.Group):
                 raise
             code, words = 1, _unexpected(error)
         if leads:
-            click.echo(f"testreg: {words}", err=True)
+            click.echo(wrapped(f"testreg: {words}", sys.stderr), err=True)
         raise SystemExit(code)
 
 
@@ -108,6 +111,17 @@ def writing(file: Path) -> Iterator[Path]:
         raise TestregError(f"{file} could not be written: {error.strerror or error}.") from error
 
 
+def wrapped(words: str, stream: TextIO | None = None) -> str:
+    """Sentences in lines of the terminal's width; whoever reads a file or a pipe gets them as they are."""
+    if not (stream or sys.stdout).isatty():
+        return words
+    width = shutil.get_terminal_size().columns
+    return "\n".join(
+        line if line.startswith(" ") else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        for line in words.split("\n")
+    )
+
+
 def _unexpected(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     if "out of memory" in first or isinstance(error, MemoryError):
@@ -117,20 +131,25 @@ def _unexpected(error: Exception) -> str:
 
 @contextmanager
 def _own_warnings() -> Iterator[None]:
-    """Warnings of this package in one line each and once, those of others not at all."""
+    """Warnings of this package in one line each and once, those of others, and what they log, not at all."""
     told: set[str] = set()
+    before = logging.root.manager.disable
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
         if str(message) not in told:
-            click.echo(f"testreg: {message}", err=True)
+            click.echo(wrapped(f"testreg: {message}", sys.stderr), err=True)
         told.add(str(message))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for own in (ImagesSkipped, ImagesRepeated):
-            warnings.simplefilter("always", own)
-        warnings.showwarning = show
-        yield
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for own in (ImagesSkipped, ImagesRepeated):
+                warnings.simplefilter("always", own)
+            warnings.showwarning = show
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _first() -> bool:

@@ -231,11 +231,14 @@ def _line(row: Row) -> str:
     unit = f" {row.unit}" if row.unit else ""
 
     def interval(low: float, high: float) -> str:
-        return "" if low != low else f" [{low:.{digits}f}, {high:.{digits}f}]"
+        return "" if low != low else f" [{plain(low)}, {plain(high)}]"
 
-    line = f"{row.arm:<30} {row.value:8.{digits}f}{unit}{interval(row.low, row.high)}"
+    def plain(value: float, form: str = "") -> str:
+        return f"{round(value, digits) + 0.0:{form}.{digits}f}"  # no -0.0
+
+    line = f"{row.arm:<30} {plain(row.value, '8')}{unit}{interval(row.low, row.high)}"
     if row.difference is not None and row.difference_low is not None and row.difference_high is not None:
-        line += f"   {row.difference:+.{digits}f}{interval(row.difference_low, row.difference_high)}"
+        line += f"   {plain(row.difference, '+')}{interval(row.difference_low, row.difference_high)}"
     return line
 
 

@@ -100,7 +100,10 @@ def show(
     current = active(model)
     if plan is None:
         if current is None:
-            raise BadPlan("the model is not patched and no plan is given: pass plan=testreg.find(model, images).")
+            raise BadPlan(
+                "the model is not patched and no plan is given: pass plan=testreg.find(model, images) (--plan FILE on "
+                "the command line)."
+            )
         plan = current.plan
     photos: list[Tensor] = []
     before: list[View] = []

@@ -156,7 +156,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
     """The path of a file or folder that exists, `~` expanded; BadImages otherwise."""
     full = os.path.expanduser(path)
     if not full or not os.path.exists(full):
-        raise BadImages(f"there is no file or folder {os.fspath(path)!r}. {EXPECTED}")
+        raise BadImages(f"there is no file or folder {os.fspath(path)!r}.")
     return Path(full)
 
 

@@ -109,7 +109,7 @@ def _number(value: float) -> str:
 
 def judged(data: str, provenance: Mapping[str, Any]) -> str:
     """What a table of `evaluate` is about: its photos, and what counts as an outlier where that matters."""
-    said = f"{data}, {provenance['images']} photos"
+    said = f"{provenance['images']} photos of {data}"
     if threshold := provenance["threshold"]:
         whose = {"plan": "as when the plan was found", "task": "as set", "default": "no plan says otherwise"}
         said += f"\nAn outlier has {threshold['outlier']} or more ({whose[threshold['from']]})."

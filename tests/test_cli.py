@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -479,6 +481,36 @@ def test_plans_that_do_not_fit(model, healthy, photos, found, tmp_path):
     with_plan(Path(model / "model.safetensors"), "no register plan")
 
 
+@pytest.mark.usefixtures("no_work")
+def test_a_plan_of_another_model_is_refused_wherever_it_is_given(healthy, photos, found, tmp_path):
+    for command in (
+        ("show", healthy, photos / "00.png", "--out", tmp_path / "a.png"),
+        ("report", healthy, "--images", photos, "--out", tmp_path / "a.html"),
+        ("evaluate", healthy, "--data", photos, "--task", "outliers"),
+    ):
+        refused(*command, "--plan", found[0], says="has other weights")
+
+
+@pytest.mark.usefixtures("no_work")
+def test_typos_are_told_before_the_model_is_loaded(model, photos, tmp_path, monkeypatch):
+    def load(*arguments, **more):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("testreg.checkpoint.load_base", load)
+    typo, out = tmp_path / "typo", ("--out", tmp_path / "x.png")
+    for command in (
+        ("inspect", model, "--images", typo),
+        ("find", model, "--images", typo, *out),
+        ("patch", model, "--images", typo, *out),
+        ("report", model, "--images", typo, *out),
+        ("show", model, photos / "00.png", typo, *out),
+        ("evaluate", model, "--data", typo, "--task", "sinks"),
+    ):
+        refused(*command, says=("there is no file or folder", str(typo)))
+    refused("patch", model, "--images", photos, "--plan", typo, *out, says=("register plan", str(typo)))
+    refused("inspect", model, "--images", photos, "--device", "gpu", says="--device gpu cannot be used")
+
+
 # How it ends
 
 
@@ -507,13 +539,31 @@ def test_every_end_is_one_line_and_a_code(raised, code, says, model, photos, mon
     refused("inspect", model, "--images", photos, says=says, code=code)
 
 
-def test_warnings_of_others_are_not_shown(model, photos, monkeypatch):
+def test_warnings_of_others_are_not_shown(model, photos, monkeypatch, caplog):
     def load(*arguments, **more):
         warnings.warn("noise of a library", stacklevel=2)
+        logging.getLogger("torch.onnx").warning("noise in a log")
         raise testreg.BadCheckpoint("none.")
 
     monkeypatch.setattr(cli, "_load", load)
     refused("inspect", model, "--images", photos, says="none.")
+    assert not caplog.records
+
+
+def test_sentences_fit_the_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    long = (
+        "testreg: no high-norm artefact in the folder some/long-path/of-photos, so nothing to patch.\n    as it is "
+        + "x" * 40
+    )
+    lines = console.wrapped(long, Terminal()).split("\n")
+    assert all(len(line) <= 40 for line in lines[:-1])
+    assert " ".join(lines[:-1]) + "\n" + lines[-1] == long
+    assert console.wrapped(long, io.StringIO()) == long
 
 
 def start(*arguments, **more):

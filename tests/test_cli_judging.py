@@ -1,4 +1,4 @@
-"""The commands `evaluate` and `report`."""
+"""The commands `evaluate`, `report` and `show`."""
 
 import csv
 import json

@@ -18,7 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import testreg
 from testreg import BadImages, BadPlan, RegisterPlan, labels
 from testreg.arms import arms, random_neurons
-from testreg.evaluate import evaluate
+from testreg.evaluate import Row, _line, evaluate
 from testreg.families import find_tower
 from testreg.observe import run
 from testreg.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe
@@ -405,6 +405,12 @@ def test_the_table_goes_to_disk_and_back(model, data, tmp_path):
         assert as_json["low"] is None  # one photo has no interval
     assert kept["provenance"]["settings"]["epsilon"] == 0.3
     assert kept["provenance"]["plan"] == str(PLAN)
+
+
+def test_a_line_of_the_table():
+    row = Row("t", "fixed", "patched", "m", "", "", 1.0, 0.5, float("nan"), -0.0001, -0.0002, 0.01, 4)
+    assert _line(row).split()[1:] == ["1.000", "[0.500,", "nan]", "+0.000", "[0.000,", "0.010]"]
+    assert _line(replace(row, low=float("nan"), difference=None)).split()[1:] == ["1.000"]
 
 
 def test_wrong_questions_are_refused(model, data, tmp_path):
