@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers.utils import logging
 
@@ -326,19 +327,22 @@ def stored(model: torch.nn.Module, images: Any, batch: int) -> None:
 SCANS: dict[str, Callable[..., None]] = {"plain": plain, "scan": scanned, "storing scan": stored}
 
 
-def looked(arm: str, shape: str, pixels: int, count: int, batch: int) -> None:
-    SCANS[arm](vit(shape, pixels), pictures(count, pixels), batch)
+def looked(arm: str, shape: str, pixels: int, count: int, batch: int, device: str = "cpu") -> float:
+    """Runs it, and gives the peak of a GPU's memory in MiB."""
+    SCANS[arm](vit(shape, pixels).to(device), pictures(count, pixels), batch)
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else math.nan
 
 
-def scans(settings: list[tuple[str, int, int, int]], seconds: float) -> list[str]:
+def scans(settings: list[tuple[str, int, int, int]], seconds: float, device: str = "cpu") -> list[str]:
     """The scan against plain passes over the same images."""
 
     def rows() -> Iterator[Row]:
-        for shape, pixels, count, batch in settings:
-            model, images = vit(shape, pixels), list(pictures(count, pixels))
+        for setting in settings:
+            shape, pixels, count, batch = setting
+            model, images = vit(shape, pixels).to(device), list(pictures(count, pixels))
             arms = {name: partial(scan, model, images, batch) for name, scan in SCANS.items()}
-            taken = paired(arms, seconds, 8)
-            peaks = {name: apart(looked, name, shape, pixels, count, batch)[1] for name in SCANS}
+            taken = paired(arms, seconds, 5, 8)
+            peaks = {name: apart(looked, name, *setting, device)[device != "cuda"] for name in SCANS}
             for name in ("scan", "storing scan"):
                 about = (f"ViT-{shape}", str(pixels), str(count), str(batch), name)
                 yield (*about, *over(taken, name, "plain"), f"{peaks[name] / peaks['plain']:.2f}")
@@ -372,7 +376,7 @@ def finds(counts: tuple[int, ...], seconds: float) -> list[str]:
                 "plain": lambda images=images: plain(model, images, 16),
                 "find": lambda images=images: testreg.find(model, images, force=True),
             }
-            yield (str(count), *over(paired(arms, seconds, 5), "find", "plain"))
+            yield (str(count), *over(paired(arms, seconds, 3, 5), "find", "plain"))
 
     print("\nfind", flush=True)
     return table(("images, ViT-Ti 224 px", "find over plain passes", "CPU"), rows())
@@ -400,7 +404,7 @@ def checkpoints(shapes: list[str], seconds: float) -> list[str]:
                     "load": lambda after=after: testreg.load(after),
                     "plain load": lambda before=before: Dinov2Model.from_pretrained(before),
                 }
-                taken = paired(arms, seconds, 10)
+                taken = paired(arms, seconds, 7, 10)
                 card = (after / "README.md").stat().st_size
                 share, extra = (size(after) - card) / size(before), (size(after) - card - size(before)) / 1024
                 times = (over(taken, "save", "plain save")[0], over(taken, "load", "plain load")[0])
@@ -455,11 +459,14 @@ def cuda(seconds: float) -> list[str]:
     if not CUDA:
         print("\nCUDA: skipped, since this machine has no GPU", flush=True)
         return ["Skipped: the machine of this run has no GPU."]
-    lines: list[str] = []
     settings = [(shape, pixels, batch, "bfloat16") for shape in SHAPES for pixels in (224, 518) for batch in (1, 32)]
+    lines: list[str] = []
     for mode in ("", "default", "reduce-overhead"):
         lines += ["", f"### {mode or 'eager'}, bfloat16, sdpa", "", *forwards(settings, seconds, "cuda", mode)]
-    return lines
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        lines += ["", "### eager, bfloat16, flash attention", "", *forwards(settings, seconds, "cuda")]
+    scanned = [("B", 224, 512, 64), ("B", 518, 128, 32), ("L", 518, 128, 32)]
+    return [*lines, "", "### Scan, float32", "", *scans(scanned, seconds, "cuda")]
 
 
 def main() -> None:
