@@ -53,9 +53,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(file: Path) -> Iterator[Path]:
-    """A new file beside `file`, of the same ending, to write; it takes its place when the `with` ends without an exception.
+    """A new file beside `file` to write into, which takes its place when the `with` ends without an exception.
 
-    A link stays one; a device or a pipe is written itself.
+    Its name ends alike. A link stays one; a device or a pipe is written itself.
 
     Raises:
         OSError: the disk is full, or the place cannot be written. The file is what it was.

@@ -138,7 +138,8 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     if as_json:
         return _print_json(plan.to_dict())
     told = plan.provenance
-    _say(text.plan(plan.to_dict()), text.explanation(told) if explain else "", text.guard(told))
+    explanation = text.explanation(told) if explain else ""
+    _say(text.paragraphs(text.plan(plan.to_dict()), explanation, text.guard(told)))
     if out:
         images = given["images"]
         _say(f"\nPlan in {out}. Apply it:\n\n    testreg patch {model} --images {images} --plan {out} --out DIRECTORY")

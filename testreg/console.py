@@ -12,7 +12,7 @@ import tempfile
 import textwrap
 import threading
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,7 +68,7 @@ class Commands(click.Group):
         raise SystemExit(code)
 
 
-def writable(file: Path | None, endings: Collection[str] = ()) -> None:
+def writable(file: Path | None, endings: Sequence[str] = ()) -> None:
     """Whether a file can be written there, before the work whose result it will hold.
 
     Args:
@@ -80,9 +80,8 @@ def writable(file: Path | None, endings: Collection[str] = ()) -> None:
     if file is None:
         return
     if endings and file.suffix.lower() not in endings:
-        raise TestregError(
-            f"{file} cannot be written: its name must end in {' or '.join(endings)}. Give another --out."
-        )
+        known = " or ".join(", ".join(endings).rsplit(", ", 1))
+        raise TestregError(f"{file} cannot be written: its name must end in {known}. Give another --out.")
     try:
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a directory")

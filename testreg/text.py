@@ -16,7 +16,11 @@ def patched(told: Mapping[str, Any]) -> str:
     """What `patch` did, with the norms before and after and the lines that load the result."""
     provenance = told["plan"]["provenance"]
     tables = norms(provenance.get("blocks", []), told["after"]["blocks"])
-    parts = [plan(told["plan"]), tables, guard(provenance), LOAD.format(out=told["out"])]
+    return paragraphs(plan(told["plan"]), tables, guard(provenance), LOAD.format(out=told["out"]))
+
+
+def paragraphs(*parts: str) -> str:
+    """All parts but empty ones, with an empty line between them."""
     return "\n\n".join(part for part in parts if part)
 
 
@@ -77,7 +81,7 @@ def guard(told: Mapping[str, Any]) -> str:
 
 def explanation(told: Mapping[str, Any]) -> str:
     """The candidates and the plans tried."""
-    lines = ["", "Candidates: neurons that fire at outliers and not elsewhere, by how far they move outliers away"]
+    lines = ["Candidates: neurons that fire at outliers and not elsewhere, by how far they move outliers away"]
     lines.append("  block  neuron      score  at outliers  elsewhere     spread")
     for row in told["candidates"][:16]:
         lines.append(
@@ -92,9 +96,7 @@ def explanation(told: Mapping[str, Any]) -> str:
             f"{row['entry']:>5}  {row['left']:>13.2%}  {row['agreement']:>5.0%}  {row['cosine']:>6.4f}  "
             f"{row['features']:>7.4f}  {row['drift']:>8.5f}  {row['why']}"
         )
-    return "\n".join(
-        [*lines, "* chosen: of those that leave no outliers, the least drift, with the fewest neurons", ""]
-    )
+    return "\n".join([*lines, "* chosen: of those that leave no outliers, the least drift, with the fewest neurons"])
 
 
 def _cells(values: Sequence[Any], write: Any) -> str:

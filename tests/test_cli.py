@@ -392,7 +392,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(model, photos
     for command in list(commands)[:3]:
         refused(*command, "--out", tmp_path / "folder.png", says=("cannot be written", "it is a directory"))
     refused("evaluate", model, "--data", photos, "--task", "sinks", "--out", tmp_path / "x.xlsx", says=".csv or .json")
-    refused("show", model, photos / "00.png", "--out", tmp_path / "x.pgn", says=("must end in .png or", ".svg"))
+    refused(
+        "show",
+        model,
+        photos / "00.png",
+        "--out",
+        tmp_path / "x.pgn",
+        says="must end in .png, .jpg, .jpeg, .webp, .pdf or .svg.",
+    )
     refused("find", model, "--images", photos, "--out", tmp_path / "file", says=("file", "holds no plan"))
     (tmp_path / "folder.png").rmdir()
     assert contents(tmp_path) == {"file": hashlib.sha256(b"precious").hexdigest()}
@@ -680,11 +687,18 @@ def test_export_to_onnx(clean, tmp_path, monkeypatch):
 def test_export_of_a_model_without_registers_or_options_that_do_not_go_together(model, photos, tmp_path):
     out = ("--out", tmp_path / "x.onnx")
     assert "needs --images" in run("export", model, "--format", "stock", *out, code=2).stderr
-    for more in (("--images", photos), ("--library", "timm"), ("--force",)):
+    for more in (("--images", photos), ("--library", "timm")):
         assert f"does not take {more[0]}" in run("export", model, "--format", "onnx", *more, *out, code=2).stderr
     stock = ("export", model, "--format", "stock", "--images", photos, "--out", tmp_path / "x")
-    refused(*stock, says="not patched")
+    refused(*stock, says=("not patched", "--plan"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_does_not_take_the_plan_of_another_model(healthy, found, tmp_path, monkeypatch):
+    monkeypatch.setattr("testreg.onnx.export_onnx", lambda *arguments, **more: None)
+    arguments = ("export", healthy, "--format", "onnx", "--plan", found[0], "--out", tmp_path / "x.onnx")
+    refused(*arguments, says=("other weights", "force"))
+    run(*arguments, "--force")
 
 
 # Real checkpoints
