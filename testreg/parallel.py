@@ -3,7 +3,8 @@
 `torchrun` and `accelerate launch` start the processes; whoever calls `find` from Python starts them as usual, with
 `accelerate.Accelerator()` or `torch.distributed.init_process_group()`. Statistics travel between the hosts' memories
 through gloo, on machines with GPUs too: they are small, they lie there anyway, and a lost process closes its
-connection, which the others notice at once.
+connection, which ends the others at once where they wait for it. Those still at work are ended by the launcher, or,
+without one, as soon as they have counted their own images.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def shared(look: Callable[[], Part], decide: Callable[[list[Part]], Result]) -> 
     if size == 1:
         return decide([look()])
     with _told("another process was lost before its images were counted"):
+        if distributed.get_backend() == "gloo":
+            distributed.barrier()  # a group would wait for a lost process; this notices at once
         group: Any = distributed.new_group(backend="gloo", timeout=WAIT)
     try:
         mine, failure = _tried(look)

@@ -114,6 +114,8 @@ def worker(rank, folder, what, results):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if rank == 1 and what == "gone":
+        os._exit(1)
     model = tiny(planted=what != "no artefact")
 
     def images():
@@ -158,8 +160,9 @@ def two(folder, what):
     return said
 
 
-def test_a_killed_process_ends_the_other_with_a_clear_word(tmp_path):
-    said = two(tmp_path, "killed")  # within its 60 seconds, not after torch's 30 minutes
+@pytest.mark.parametrize("what", ["gone", "killed"])
+def test_a_lost_process_ends_the_other_with_a_clear_word(tmp_path, what):
+    said = two(tmp_path, what)  # within its 60 seconds, not after torch's 30 minutes
     assert set(said) == {0}
     assert said[0][0] == Lost.__name__
     assert "another process was lost" in said[0][1]
