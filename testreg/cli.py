@@ -276,7 +276,9 @@ def _find(model: Any, given: Mapping[str, Any], *, force: bool) -> Any:
 
     names = ("threshold", "top_k", "registers", "form", "entry", "recipe")
     wanted = {name: given[name] for name in names if given.get(name) is not None}
-    return search(model, given["images"], blocks=_blocks(given.get("blocks")), force=force, **wanted, **_running(given))
+    if given.get("blocks") is not None:
+        wanted["blocks"] = _span(given["blocks"], "--blocks", "3-8")
+    return search(model, given["images"], force=force, **wanted, **_running(given))
 
 
 def _running(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,13 +291,13 @@ def _running(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _blocks(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
+def _span(text: str, option: str, example: str) -> tuple[int, int]:
+    """FIRST-LAST, or one number for both."""
     first, _, last = text.partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal():
-        raise click.BadParameter(f"{text!r} is not of the form FIRST-LAST, as in 3-8.", param_hint="--blocks")
-    return int(first), int(last or first)
+    numbers = first, last or first
+    if not all(map(str.isdecimal, numbers)) or int(numbers[0]) > int(numbers[1]):
+        raise click.BadParameter(f"{text!r} is not of the form FIRST-LAST, as in {example}.", param_hint=option)
+    return int(numbers[0]), int(numbers[1])
 
 
 def _print_json(values: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from . import text
-from .cli import _load, _load_both, _print_json, _say, as_json, loading, main, with_plan
+from .cli import _load, _load_both, _print_json, _say, _span, as_json, loading, main, with_plan
 from .console import wrapped, writable, writing
 
 TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
@@ -67,7 +67,8 @@ def evaluate(
         writable(path, TABLES)
     settings = {name: given[name] for name in ("side", "sweep") if given[name]}
     if given["foreground"]:
-        settings["foreground"] = _values(given["foreground"])
+        first, last = _span(given["foreground"], "--foreground", "1-90")
+        settings["foreground"] = range(first, last + 1)
     loaded, plan = _load_both(model, plan_file, {**given, "images": data})
     table = judge(
         loaded,
@@ -150,10 +151,3 @@ def _task(name: str, settings: dict[str, Any]) -> Any:
     if foreign:
         raise click.UsageError(f"the task {name} does not take {' and '.join(f'--{key}' for key in foreign)}.")
     return TASKS[name](**settings)
-
-
-def _values(text: str) -> range:
-    first, _, last = text.partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal():
-        raise click.BadParameter(f"{text!r} is not of the form FIRST-LAST, as in 1-90.", param_hint="--foreground")
-    return range(int(first), int(last or first) + 1)

@@ -77,8 +77,11 @@ class Inspection:
             share = f", which get {self.attention.native:.0%} of the attention" if self.attention else ""
             own = f" The model has {self.native} registers of its own{share}."
         if self.artefact is None:
+            apart = "no group of patches stands apart from the others"
+            if self.threshold.norm:
+                apart = f"no group of patches lies above the {self.threshold} that was asked for"
             return (
-                f"No artefact: no group of patches stands apart from the others (the largest norm is "
+                f"No artefact: {apart} (the largest norm is "
                 f"{max(self.ratios):.1f} times the median of its image).{own} There is nothing to patch."
             )
         found = self.artefact

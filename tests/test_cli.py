@@ -238,7 +238,7 @@ def test_a_typo_gets_the_nearest_command():
     assert "Did you mean 'patch'?" in run("patc", "x", code=2).stderr
 
 
-@pytest.mark.parametrize("blocks", ["3:8", "a", "-", "3-", "3-8-9", "²"])
+@pytest.mark.parametrize("blocks", ["3:8", "a", "-", "3-", "3-8-9", "8-3", "²"])
 def test_blocks_of_another_form_are_wrong_usage(blocks, model, photos):
     result = CliRunner().invoke(main, ["find", str(model), "--images", str(photos), f"--blocks={blocks}"])
     if blocks == "3-":  # from 3 to 3

@@ -80,6 +80,7 @@ def test_a_model_without_registers_gets_a_verdict(here):
     [
         (("--task", "agreement", "--sweep"), 2, "--sweep"),
         (("--task", "attention", "--foreground", "x"), 2, "FIRST-LAST"),
+        (("--task", "attention", "--foreground", "5-1"), 2, "FIRST-LAST"),
         (("--task", "discovery"), 1, "boxes"),
         (("--task", "agreement", "--out", "missing/table.json"), 1, "cannot be written"),
     ],

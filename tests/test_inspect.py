@@ -78,7 +78,9 @@ def test_a_threshold_of_ones_own():
     seen = testreg.inspect(model, images(), threshold=largest * 0.3)
     assert str(seen.threshold) == f"norm {largest * 0.3:g}"
     assert seen.artefact.share == pytest.approx(4 / 144, abs=1e-6)
-    assert testreg.inspect(model, images(), threshold=largest * 1.1).artefact is None
+    high = testreg.inspect(model, images(), threshold=largest * 1.1)
+    assert high.artefact is None
+    assert f"no group of patches lies above the norm {largest * 1.1:g} that was asked for" in high.verdict
     # Where all patches are beyond a norm, none of them stands out.
     low = testreg.inspect(model, images(), threshold=0.01)
     assert all(row.share < 0.05 for row in low.blocks)
