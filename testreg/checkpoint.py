@@ -26,7 +26,7 @@ from .errors import BadCheckpoint, TestregError, UnsupportedModel
 from .families import find_tower
 from .modeling_testreg import auto_map, class_of, fetch, first_line, load, skeleton
 from .patch import active
-from .recipe import MODEL_TYPE, NOT_WITHOUT_REGISTERS, PLAN, Recipe, read_json, sha256
+from .recipe import MODEL_TYPE, NOT_WITHOUT_REGISTERS, PLAN, Recipe, config_sha256, read_json, sha256
 
 __all__ = ["is_patched", "load", "load_base", "save"]
 
@@ -106,17 +106,19 @@ def save(
                     copyfile(path, build / name)
             for name in CODE:
                 copyfile(Path(__file__).parent / f"{name}.py", build / f"{name}.py")
+            base_config = _without(read_json(build / "config.json"), "auto_map")
             recipe = Recipe(
                 architecture=type(model).__name__,
                 weights=INDEX if INDEX in weights else weights[0],
                 files={name: sha256(build / name) for name in [*weights, PLAN]},
-                base_config=_without(read_json(build / "config.json"), "auto_map"),
+                base_config=base_config,
+                config=config_sha256(base_config),
                 base=base.describe(model),
                 init=_init(model),
                 attention=_attention(model),
                 versions={name: _version(name) for name in ("testreg", "torch", "transformers")},
             )
-            config = {**recipe.to_config(), "auto_map": auto_map(model.config), **_for_timm(recipe.base_config)}
+            config = {**recipe.to_config(), "auto_map": auto_map(model.config), **_for_timm(base_config)}
             (build / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             card(acting.plan, recipe.architecture, base.name(model), source.get("README.md")).save(build / "README.md")
     except (OSError, SafetensorError) as error:
@@ -264,7 +266,9 @@ def free(directory: str | Path, model: nn.Module, replace: bool, how: str = "for
         with TemporaryDirectory(dir=place, prefix=f".{target.name}.testreg-"):
             pass
     except OSError as error:
-        raise BadCheckpoint(f"{directory} could not be written: {error.strerror} in {place}.") from error
+        raise BadCheckpoint(
+            f"{directory} could not be written: {error.strerror} in {place}. Choose another directory."
+        ) from error
     if not target.exists():
         return target
     held = sorted(target.iterdir())

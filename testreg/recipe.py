@@ -38,6 +38,8 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 INTRUDER = re.compile(r"adapter_config\.json|shard-\d{5}-model-.*\.safetensors")
 # Settings in a config that fetch or run something else than the class that is named.
 FOREIGN = {"auto_map", "quantization_config", "fusion_config", "kernel_config", "attn_implementation"}
+# What a config holds that decides nothing.
+NAMES = {"id2label", "label2id", "label_names", "architectures", "_name_or_path", "transformers_version"}
 # Settings that make a constructor loop, and the most of them that make sense.
 BLOCKS, MOST_BLOCKS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$"), 10_000
 LABELS, MOST_LABELS = re.compile(r"num_(labels|classes)$"), 2**20
@@ -56,6 +58,7 @@ class Recipe:
         init: keyword arguments of the class that its config does not hold.
         attention: the attention implementation that the model ran with, so that outputs are the same bit for bit.
         versions: of the packages that wrote it.
+        config: SHA-256 of `base_config`, see `config_sha256`; None in checkpoints from before it was recorded.
 
     Raises:
         BadCheckpoint: a value is of the wrong type or out of range.
@@ -69,11 +72,13 @@ class Recipe:
     init: Mapping[str, bool] = field(default_factory=dict)
     attention: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    config: str | None = None
 
     def __post_init__(self) -> None:
         _expect(isinstance(self.architecture, str) and self.architecture.isidentifier(), "class", self.architecture)
         for name in ("files", "base_config", "base", "init", "versions"):
             _expect(isinstance(getattr(self, name), Mapping), name, getattr(self, name))
+        _expect(self.config is None or isinstance(self.config, str), "config", self.config)
         _expect(0 < len(self.files) <= MOST_FILES, "number of files", len(self.files))
         for file, digest in self.files.items():
             _expect(isinstance(file, str) and bool(FILE.fullmatch(file)) and ".." not in file, "file name", file)
@@ -141,10 +146,15 @@ class Recipe:
             How many numbers the weights hold.
 
         Raises:
-            BadCheckpoint: a file is missing, damaged or another one; the index leads elsewhere; the config asks for
-                more blocks than there are tensors.
+            BadCheckpoint: a file is missing, damaged or another one; the config was changed, or asks for more blocks
+                than there are tensors; the index leads elsewhere.
         """
         directory = Path(directory)
+        if self.config not in (None, config_sha256(self.base_config)):
+            raise BadCheckpoint(
+                f"{directory / 'config.json'} is not what was saved: a setting under base_config was changed, so "
+                f"the model would be another one. Copy it again, or give settings to testreg.load(PATH, NAME=VALUE)."
+            )
         for name in sorted(entry.name for entry in directory.iterdir()):
             if INTRUDER.fullmatch(name):
                 raise BadCheckpoint(f"{directory} holds {name}, which testreg does not write: move it away.")
@@ -200,6 +210,17 @@ def sha256(path: str | Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what a config says of the computation: names and versions may change, and the order of settings."""
+
+    def kept(values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {key: kept(value) for key, value in values.items() if key not in NAMES}
+        return values
+
+    return hashlib.sha256(json.dumps(kept(config), sort_keys=True).encode()).hexdigest()
 
 
 def _shapes(path: Path) -> list[int]:

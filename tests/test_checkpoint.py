@@ -26,7 +26,7 @@ from testreg import BadCheckpoint, BadPlan, RegisterPlan, TestregError, Unsuppor
 from testreg import modeling_testreg as modeling
 from testreg.checkpoint import is_patched, load_base
 from testreg.errors import RegistersLeftOut
-from testreg.recipe import PLAN, Recipe, sha256
+from testreg.recipe import PLAN, Recipe, config_sha256, sha256
 
 NEURONS = {0: (1, 5), 2: (47,)}
 HOW_TO_LOAD = "testreg.load"
@@ -654,13 +654,16 @@ def test_two_at_once_do_not_clear_each_other_away(tmp_path: Path) -> None:
 # Nothing from a checkpoint is trusted
 
 
-def edit(directory: Path, *keys, value) -> None:
+def edit(directory: Path, *keys, value, rehashed: bool = True) -> None:
     path = directory / "config.json"
     values = json.loads(path.read_text())
     at = values
     for key in keys[:-1]:
         at = at[key]
     at[keys[-1]] = value
+    if rehashed and keys[0] == "base_config" and isinstance(values["base_config"], dict):
+        base_config = {key: value for key, value in values["base_config"].items() if key != "transformers_weights"}
+        values["testreg"]["config"] = config_sha256(base_config)
     path.write_text(json.dumps(values))
 
 
@@ -715,6 +718,22 @@ def test_a_recipe_that_lies_is_refused(keys: tuple[str, ...], value, says: str, 
     edit(saved, *keys, value=value)
     with pytest.raises(BadCheckpoint, match=says):
         testreg.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_act", "relu"), ("layer_norm_eps", 1e-3), ("num_attention_heads", 2)]
+)
+def test_a_config_that_was_changed_is_refused_and_names_may_change(key: str, value, saved: Path) -> None:
+    names = {index: f"name {index}" for index in patched()[0].config.id2label}
+    edit(saved, "base_config", "id2label", value=names, rehashed=False)
+    edit(saved, "base_config", "transformers_version", value="5.99.0", rehashed=False)
+    assert testreg.load(saved, output_hidden_states=True).config.id2label == names
+    edit(saved, "base_config", key, value=value, rehashed=False)
+    for load in (testreg.load, hf.AutoModel.from_pretrained):
+        with pytest.raises(BadCheckpoint, match=r"config\.json is not what was saved"):
+            load(saved)
+    edit(saved, "testreg", "config", value=None)  # as in checkpoints from before it was recorded
+    testreg.load(saved)
 
 
 def test_files_that_are_not_those_that_were_saved_are_refused(saved: Path) -> None:
