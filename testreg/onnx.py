@@ -39,7 +39,7 @@ def export_onnx(
         file: `NAME.onnx`; weights of more than 1.9 GB lie beside it, in `NAME.onnx.data`.
         dtype: float32 or float16, of weights and images.
         size: height and width of the images, by default those of the model's configuration.
-        replace: overwrite the file if it exists.
+        replace: overwrite what is there, weights beside it included.
 
     Returns:
         The file. Its input is `pixel_values (batch, channels, height, width)`, its outputs have the names that they
@@ -54,10 +54,12 @@ def export_onnx(
     target = Path(file).expanduser().resolve()
     if target.suffix != ".onnx" or target.is_dir():
         raise BadCheckpoint(f"{file} is no name of an ONNX file: give one that ends in .onnx.")
-    if target.exists() and not replace:
-        raise BadCheckpoint(f"{file} exists: choose another name, or pass replace=True (--replace).")
+    data = target.with_name(f"{target.name}.data")
+    for taken in (target, data):
+        if taken.exists() and not replace:
+            raise BadCheckpoint(f"{taken} exists: choose another name, or pass replace=True (--replace).")
     if dtype not in TOLERANCE:
-        raise TestregError(f"dtype is {dtype}; ONNX export is for torch.float32 and torch.float16.")
+        raise TestregError(f"dtype is {dtype}; ONNX export is for torch.float32 and torch.float16 (--dtype float32).")
     _needs("onnx", "onnxscript", "onnxruntime")
     loaded: Any = model if isinstance(model, nn.Module) else load(model)
     plain = _Plain(copy.deepcopy(_of_images(loaded)), dtype).eval()
@@ -90,8 +92,13 @@ def export_onnx(
             weights = sum(weight.numel() * weight.element_size() for weight in plain.state_dict().values())
             program.save(built, external_data=weights > WHOLE)
             _compare(plain, built, names, example, dtype)
-            for path in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the file that names them
+            files = sorted(Path(folder).iterdir(), reverse=True)  # the weights before the file that names them
+            if files != [built]:
+                target.unlink(missing_ok=True)  # or, killed in between, it would lie beside the weights of another
+            for path in files:
                 os.replace(path, target.parent / path.name)
+            if files == [built]:
+                data.unlink(missing_ok=True)  # the weights of the file that is no more
     except OSError as error:
         raise BadCheckpoint(f"{file} could not be written: {error}.") from error
     return target

@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+import testreg.onnx  # noqa: E402
 from testreg.onnx import export_onnx  # noqa: E402
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -66,6 +67,36 @@ def test_norm_in_front_and_a_convolution_without_bias_in_float16(tmp_path):
     with testreg.patch(model, plans(found.neurons, 32)["dynamic"]):
         file = export_onnx(model, tmp_path / "clip.onnx", dtype=torch.float16)
     assert run(file, torch.zeros(2, 3, 32, 32).half())["pooler_output"].shape == (2, 32)
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
+    model, found = planted(hf.Dinov2Model, hf.Dinov2Config(**TINY, mlp_ratio=2))
+    images, file, data = torch.randn(3, 3, 32, 32), tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    whole = testreg.onnx.WHOLE
+    with testreg.patch(model, plans(found.neurons, 32)["dynamic"]), torch.no_grad():
+        expected = model(images).last_hidden_state
+        data.write_text("mine")
+        with pytest.raises(BadCheckpoint, match=r"model\.onnx\.data exists"):
+            export_onnx(model, file)
+        assert data.read_text() == "mine"
+        for limit, files in (
+            (0, [file, data]),
+            (whole, [file]),
+            (0, [file, data]),
+        ):  # what one leaves, the next replaces
+            monkeypatch.setattr(testreg.onnx, "WHOLE", limit)
+            export_onnx(model, file, replace=True)
+            assert sorted(tmp_path.iterdir()) == files
+            got = torch.from_numpy(run(file, images)["last_hidden_state"])
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert data.stat().st_size > 10 * 1024
+    (tmp_path / "moved").mkdir()
+    for path in (file, data):  # they go anywhere together
+        path.rename(tmp_path / "moved" / path.name)
+    assert run(tmp_path / "moved" / "model.onnx", images).keys() == {"last_hidden_state", "pooler_output"}
+    (tmp_path / "moved" / "model.onnx.data").unlink()
+    with pytest.raises(Exception, match=r"model\.onnx\.data"):
+        run(tmp_path / "moved" / "model.onnx", images)
 
 
 @pytest.mark.parametrize("form", ["dynamic", "constant"])
