@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import text
-from .cli import _load, _print_json, _say, as_json, loading, main
+from .cli import _load_both, _print_json, _say, as_json, loading, main, with_plan
 from .console import writable
 
 
@@ -16,11 +16,11 @@ from .console import writable
 @click.argument("model")
 @click.option("--format", "form", type=click.Choice(["stock", "onnx"]), required=True, help="What to write.")
 @click.option("--images", type=click.Path(), help="stock: a folder of photos to fit to and to check with; 32 or more.")
-@click.option("--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none.")
+@with_plan
 @click.option("--library", type=click.Choice(["transformers", "timm"]), help="stock: whose. Default: either.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="stock: a directory; onnx: NAME.onnx.")
 @click.option("--replace", is_flag=True, help="Replace the checkpoint, or the file, that is there as --out.")
-@click.option("--force", is_flag=True, help="stock: write even if the result drifts too far.")
+@click.option("--force", is_flag=True, help="Take another model's plan; write stock weights that drift too far.")
 @loading
 @as_json
 def export(
@@ -45,19 +45,18 @@ def export(
     testreg export vit-clean --format stock --images photos/ --out vit-stock
     testreg export vit-clean --format onnx --out vit-clean.onnx
     """
-    from . import RegisterPlan
     from . import patch as install
 
     if form == "stock" and images is None:
         raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
-    for name, value in {"--images": images, "--library": library, "--force": force}.items():
+    for name, value in {"--images": images, "--library": library}.items():
         if form == "onnx" and value:
             raise click.UsageError(f"--format onnx does not take {name}.")
     if form == "onnx":
         writable(out)
-    loaded = _load(model, given, patched=True)
-    if plan_file:
-        install(loaded, RegisterPlan.load(plan_file))
+    loaded, plan = _load_both(model, plan_file, {**given, "images": images}, check=not force)
+    if plan:
+        install(loaded, plan)
     if form == "stock":
         from .bake import export_stock
 

@@ -65,7 +65,7 @@ def fetch(path: str | Path, kwargs: dict[str, Any]) -> Path:
     if not directory.is_dir():
         name = str(path)
         if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise BadCheckpoint(f"there is no directory {path}.")
+            raise BadCheckpoint(f"there is no directory {path}. Give one with a config.json, or a name on the hub.")
         try:
             directory = Path(snapshot_download(name, allow_patterns=FILES, **hub))
         except Exception as error:  # of the hub's client: offline, no such name, no access, a full disk

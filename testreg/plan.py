@@ -135,7 +135,9 @@ class RegisterPlan:
                 state = file.get_tensor("state") if names else None
             values = json.loads(metadata.get("plan", ""))
         except (OSError, SafetensorError, ValueError, RecursionError) as error:
-            raise BadPlan(f"{path} cannot be read as a register plan: {error}") from error
+            raise BadPlan(
+                f"{path} cannot be read as a register plan: {error}. `testreg find --out` writes one."
+            ) from error
         return cls.from_dict(values, state)
 
     def to_dict(self) -> dict[str, Any]:

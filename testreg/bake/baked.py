@@ -224,7 +224,7 @@ def export_stock(
     acting = active(loaded)
     plan = plan or (acting.plan if acting else None)
     if plan is None:
-        raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan, or testreg.patch(model, found) first.")
+        raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan (--plan FILE), or patch it first.")
     free(out, loaded, replace, REPLACE)  # before minutes of work
     baked = bake(loaded, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
     baked.save(out, replace=replace)
@@ -250,7 +250,9 @@ def _halves(model: nn.Module, images: Any, processor: Any, batch_size: int) -> t
         if counts == [CALIBRATION, HELD_OUT]:
             break
     if sum(counts) < FEWEST:
-        raise BadImages(f"{sum(counts)} different images are too few to fit weights and to check them: give {FEWEST}.")
+        raise BadImages(
+            f"{sum(counts)} different images are too few to fit weights and to check them: give {FEWEST} or more."
+        )
     return halves
 
 

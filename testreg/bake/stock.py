@@ -48,9 +48,9 @@ def library_for(tower: Tower, wanted: str | None = None) -> str:
     offered = LIBRARIES.get(tower.family, ())
     if not offered or wanted not in (None, *offered):
         raise UnsupportedModel(
-            f"{wanted or 'no library'} has no {tower.family} architecture with register slots, so this patch cannot be "
-            f"made of weights alone (families that can: {', '.join(LIBRARIES)}): testreg.save keeps it in a checkpoint "
-            f"with code."
+            f"{f'{wanted} has no' if wanted else 'no library has a'} {tower.family} architecture with register slots, "
+            f"so this patch cannot be made of weights alone (families that can: {', '.join(LIBRARIES)}): testreg.save "
+            f"keeps it in a checkpoint with code."
         )
     if tower.family in of_timm.SLOTS:
         of_timm.check(tower)
