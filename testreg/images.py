@@ -179,6 +179,7 @@ class ImageStream:
             sampler=self._items(),
             batch_size=None,
             num_workers=self.workers,
+            prefetch_factor=-(-2 * self.batch_size // self.workers) if self.workers else None,  # two batches in all
             collate_fn=_same,
             generator=torch.Generator(),  # or it would draw from the user's
         )

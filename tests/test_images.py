@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -665,6 +666,29 @@ def test_workers_give_the_same_batches(folder, workers):
     assert alone.count == 16
     assert not images[2].is_shared()  # the user's tensors stay where they are
     assert torch.equal(torch.random.get_rng_state(), state)  # the user's random numbers are the user's
+
+
+class Noted:
+    """A processor that leaves a file for every image."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, image):
+        tempfile.NamedTemporaryFile(dir=self.folder, delete=False).close()
+        return pixels(image)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_prepare_the_next_batch_while_this_one_is_looked_at(tmp_path, workers):
+    batches = iter(stream((noise(seed) for seed in range(32)), Noted(tmp_path), batch_size=8, workers=workers))
+    next(batches)
+    end = time.monotonic() + 60
+    while len(os.listdir(tmp_path)) < 16:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert len(os.listdir(tmp_path)) <= 3 * 8 + workers  # and no more than two batches wait
+    assert len(list(batches)) == 3
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
