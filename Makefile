@@ -29,6 +29,7 @@ docs: $(VENV)/test-ready
 bench: $(VENV)/test-ready
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.method cost
+	$(BIN)/python -m tests.benchmarks.processes
 
 clean:
 	rm -rf $(VENV) demo site
