@@ -18,7 +18,7 @@ from .errors import RegistersLeftOut
 class Guard:
     """Stands in for the own `save_pretrained` of a model that has one.
 
-    It holds the model weakly: a patch lies on the tower, and who copies the tower alone does not want what is around.
+    It holds the model weakly: a patch lies on the tower, and who keeps or copies the tower does not want the rest.
     """
 
     def __init__(self, model: nn.Module | None):

@@ -334,15 +334,15 @@ def test_save_pretrained_of_a_model_patched_in_memory_says_what_it_leaves_out(tm
             unpatched.save_pretrained(tmp_path / "plain")
 
 
-def test_a_copy_of_the_tower_alone_does_not_take_the_model_along() -> None:
+def test_who_keeps_or_copies_the_tower_alone_does_not_keep_the_model() -> None:
     model, _ = patched()
-    tower, alive = copy.deepcopy(model.vit), weakref.ref(model)
-    own = testreg.active(tower)
+    tower, copied, alive = model.vit, copy.deepcopy(model.vit), weakref.ref(model)
     del model
     gc.collect()
     assert alive() is None
-    own.remove()
-    assert testreg.active(tower) is None
+    for kept in (tower, copied):
+        testreg.active(kept).remove()
+        assert testreg.active(kept) is None
 
 
 def test_a_save_pretrained_that_somebody_else_put_there_stays(tmp_path: Path) -> None:
