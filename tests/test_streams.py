@@ -32,6 +32,7 @@ def digests(images, **more):
 @pytest.fixture(scope="module")
 def shards(folder, tmp_path_factory):
     import webdataset
+
     target = tmp_path_factory.mktemp("shards")
     photos = sorted(folder.iterdir())
     for shard in range(2):
@@ -72,6 +73,7 @@ DATASETS = {
 @pytest.mark.parametrize("form", DATASETS)
 def test_datasets(folder, form):
     import datasets
+
     photos = [str(path) for path in sorted(folder.iterdir())]
     rows = datasets.Dataset.from_dict({"image": photos, "label": [1] * COUNT})
     images = DATASETS[form](rows.cast_column("image", datasets.Image()), datasets)
