@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ class Patch:
         self.tower, self.plan = tower, plan
         self._guard = Guard(model if isinstance(model, nn.Module) else model.model)  # the latter in a pipeline
         self.record: Record | None = None
-        self.waiting: dict[int, tuple[int, Tensor]] = {}  # thread -> the block that its registers left last, and they
+        self.waiting: dict[int, tuple[int, Tensor]] = {}  # thread -> the block it left last, and what that gave
         self.real: dict[int, Tensor] = {}  # thread -> which tokens are not padding, from the attention to the MLP
         self._undo: list[Any] = []
         self._stack().append(self)
@@ -129,62 +128,71 @@ class Patch:
                 self._replace(attention, _Attention(self, index, attention))
                 bias = reach(block, tower.row.bias)
                 if bias is not None:
-                    self._replace(bias, _Bias(registers, bias.forward, inside=bias in list(attention.modules())))
+                    self._replace(bias, _Bias(self, bias.forward, inside=bias in list(attention.modules())))
             if index in plan.neurons:
                 hook = _Neurons(self, index, registers, _device(down))
                 self._undo.append(down.register_forward_pre_hook(hook).remove)
 
-    def _replace(self, module: nn.Module, owner: Any) -> None:
+    def _replace(self, module: nn.Module, instead: _Forward) -> None:
         # An instance attribute is the least invasive place: no subclass, no wrapper module, no key of the state dict
         # changes. A bound method of our own object, since deepcopy then binds the copy's method to the copy.
-        ours, before = MethodType(_forward, owner), module.__dict__.get("forward")
-        module.forward = ours
-        self._undo.append(_Restore(module, ours, before))
+        before = module.__dict__.get("forward")
+        module.forward = instead.forward
+        self._undo.append(_Restore(module, instead, before))
 
     def _uninstall(self) -> None:
         while self._undo:
             self._undo.pop()()
 
 
-def _forward(owner: Any, *args: Any, **kwargs: Any) -> Any:
-    return owner.forward(*args, **kwargs)
+class _Forward:
+    """What a module does instead of its `original` forward, until `off`: whoever wrapped it meanwhile calls on."""
+
+    def __init__(self, owner: Patch, original: Any):
+        self.patch, self.original, self.off = owner, original, False
+        self.registers = owner.plan.registers
+
+    forward: Callable[..., Any]
 
 
 class _Restore:
     """Gives a module back the `forward` that it had, on the instance or from its class."""
 
-    def __init__(self, module: nn.Module, ours: MethodType, before: Any):
-        self.module, self.ours, self.before = module, ours, before
+    def __init__(self, module: nn.Module, instead: _Forward, before: Any):
+        self.module, self.instead, self.before = module, instead, before
 
     def __call__(self) -> None:
-        if self.module.__dict__.get("forward") != self.ours:  # somebody wrapped it since: leave that, step aside
-            owner: Any = self.ours.__self__
-            owner.forward = owner.original
+        if self.module.__dict__.get("forward") != self.instead.forward:  # somebody wrapped it since: step aside
+            self.instead.off = True
         elif self.before is None:
             del self.module.forward
         else:
             self.module.forward = self.before
 
 
-class _Block:
+class _Block(_Forward):
     def __init__(self, owner: Patch, index: int, block: nn.Module):
-        self.patch, self.index, self.original = owner, index, block.forward
-        self.last = index == len(owner.tower.blocks) - 1
+        super().__init__(owner, block.forward)
+        self.index, self.last = index, index == len(owner.tower.blocks) - 1
         self.first = _names(block)[0]
         state = owner.plan.state
         self.start = _Placed(torch.zeros(owner.plan.registers, owner.tower.channels) if state is None else state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.original(*args, **kwargs)
         tokens, args = (args[0], args[1:]) if args else (kwargs.pop(self.first), args)  # (batch, tokens, channels)
-        registers = self.patch.plan.registers
         output = self.original(self._joined(tokens), *args, **kwargs)
         full = output[0] if isinstance(output, tuple) else output  # (batch, registers + tokens, channels)
-        tokens = full[:, registers:]
+        tokens = full[:, self.registers :]
         if self.last:
             tokens = tokens.contiguous()  # what follows the blocks may call .view
+            self.patch.waiting.pop(_thread(), None)
         else:
             setattr(tokens, BUFFER, full)
-        self._remember(full[:, :registers])
+            self.patch.waiting[_thread()] = (self.index, full)
+        if self.patch.record is not None:
+            self.patch.record.registers[self.index] = full[:, : self.registers]
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
     def _joined(self, tokens: Tensor) -> Tensor:
@@ -194,13 +202,13 @@ class _Block:
         if buffer is not None:
             return buffer
         # Something between the blocks made a new tensor: a hook that steers, a move to another device.
-        index, registers = self.patch.waiting.get(_thread(), (None, None))
-        if registers is None or index != self.index - 1 or registers.shape[0] != tokens.shape[0]:
+        index, buffer = self.patch.waiting.get(_thread(), (None, None))
+        if buffer is None or index != self.index - 1 or buffer.shape[0] != tokens.shape[0]:
             raise TestregError(
                 f"block {self.index} was called without its registers: they join before block {self.patch.plan.entry} "
                 f"and travel from block to block. Run the whole model, or remove the patch to call a block alone."
             )
-        return redirect.join(registers, tokens)
+        return redirect.join(buffer[:, : self.registers], tokens)
 
     def _started(self, tokens: Tensor) -> Tensor:
         start = self.start.like(tokens)[None]  # (1, registers, channels)
@@ -208,31 +216,35 @@ class _Block:
             return self.patch.tower.seed.forward(start)  # not called as a module: nobody's hooks should count it
         return start
 
-    def _remember(self, registers: Tensor) -> None:
-        if self.last:
-            self.patch.waiting.pop(_thread(), None)
-        else:
-            self.patch.waiting[_thread()] = (self.index, registers)
-        if self.patch.record is not None:
-            self.patch.record.registers[self.index] = registers
 
-
-class _Attention:
+class _Attention(_Forward):
     """Masks and rotary tables grow by the registers on the way in, attention maps lose them on the way out.
 
     Here rather than at the block, since a block may add position biases of its own to the mask that it is given.
     """
 
     def __init__(self, owner: Patch, index: int, attention: nn.Module):
-        self.patch, self.index, self.original = owner, index, attention.forward
-        self.names = _names(attention)
+        super().__init__(owner, attention.forward)
         row, plan = owner.tower.row, owner.plan
+        self.index, self.names = index, _names(attention)
         self.masks, self.rope, self.positions = row.masks, row.rope, row.positions
+        self.growing = {*row.masks, row.rope}
         self.padded = row.padded and plan.state is None and index in plan.neurons
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        registers = self.patch.plan.registers
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.off:
+            return self.original(*args, **kwargs)
+        if len(args) > 1 or self.positions or not self.growing.isdisjoint(kwargs):
+            args, kwargs = self._grown(*args, **kwargs)
+        output = self.original(*args, **kwargs)
+        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
+            return output
+        if self.patch.record is not None:
+            self.patch.record.attentions[self.index] = output[1]
+        return (output[0], output[1][..., self.registers :, self.registers :], *output[2:])
+
+    def _grown(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        registers, given = self.registers, {**dict(zip(self.names, args, strict=False)), **kwargs}
         first = given.pop(self.names[0])
         tokens = first.shape[1] - registers
         for name in self.masks:
@@ -244,21 +256,19 @@ class _Attention:
             given[self.positions] = redirect.positions(given.get(self.positions), registers, first)
         if self.padded and isinstance(given.get(self.masks[0]), Tensor):
             self.patch.real[_thread()] = redirect.real(given[self.masks[0]])
-        output = self.original(first, **given)
-        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
-            return output
-        if self.patch.record is not None:
-            self.patch.record.attentions[self.index] = output[1]
-        return (output[0], output[1][..., registers:, registers:], *output[2:])
+        return (first,), given
 
 
-class _Bias:
+class _Bias(_Forward):
     """A position bias that counts the tokens without registers; the attention that calls it needs it grown."""
 
-    def __init__(self, registers: int, original: Any, *, inside: bool):
-        self.registers, self.original, self.inside = registers, original, inside
+    def __init__(self, owner: Patch, original: Any, *, inside: bool):
+        super().__init__(owner, original)
+        self.inside = inside
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.original(*args, **kwargs)
         if kwargs.get("dim_size") is not None:
             kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - self.registers}
         bias = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
@@ -271,14 +281,14 @@ class _Neurons:
     def __init__(self, owner: Patch, index: int, registers: int, device: torch.device):
         plan = owner.plan
         self.patch, self.registers, self.fill = owner, registers, plan.state is None
-        neurons = torch.tensor(plan.neurons[index], device=device)
-        self.neurons = _Placed(neurons)
-        self.rest = _Placed(torch.tensor(plan.rest[index], device=device)) if plan.rest else None
+        neurons = plan.neurons[index]
+        self.neurons = _Placed(torch.tensor(neurons, device=device))
+        self.rest = _Placed(torch.tensor(plan.rest[index] if plan.rest else [0.0] * len(neurons), device=device))
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        neurons, real = self.neurons.on(args[0].device), self.patch.real.pop(_thread(), None)
-        rest = self.rest.like(args[0]) if self.rest else None
-        return (redirect.move(args[0], neurons, self.registers, fill=self.fill, rest=rest, real=real), *args[1:])
+        neurons, rest = self.neurons.on(args[0].device), self.rest.like(args[0])
+        real = self.patch.real.pop(_thread(), None) if self.patch.real else None
+        return (redirect.move(args[0], neurons, self.registers, rest, fill=self.fill, real=real), *args[1:])
 
 
 class _Placed:

@@ -20,31 +20,25 @@ def join(registers: Tensor, tokens: Tensor) -> Tensor:
 
 
 def move(
-    activation: Tensor,
-    neurons: Tensor,
-    registers: int,
-    *,
-    fill: bool,
-    rest: Tensor | None = None,
-    real: Tensor | None = None,
+    activation: Tensor, neurons: Tensor, registers: int, rest: Tensor, *, fill: bool, real: Tensor | None = None
 ) -> Tensor:
     """Neuron activations `(batch, registers + tokens, all neurons)` with those of `neurons` taken away from the tokens.
 
     Args:
         neurons: indices `(neurons,)` of the register neurons.
         registers: how many tokens at the front are registers.
+        rest: what the other tokens have instead, `(neurons,)`.
         fill: give every register the neuron's maximum over all tokens and registers, one per neuron and image (the
             dynamic form); otherwise registers keep what they have (the constant form). The registers take part in the
             maximum: where register neurons form a chain over several blocks, a register fires the later ones itself.
-        rest: what the other tokens have instead, `(neurons,)`; None = 0.
         real: `(1 or batch, registers + tokens)`, False where a token is padding, whose activation means nothing.
     """
+    # Few and small operations, then one copy: a block's activation is the largest tensor there is.
     picked = activation.index_select(-1, neurons)  # (batch, registers + tokens, neurons)
     kept = picked[:, :registers]  # (batch, registers, neurons)
     if fill and registers:
         held = picked if real is None else picked.masked_fill(~real[..., None], torch.finfo(picked.dtype).min)
         kept = held.amax(dim=1, keepdim=True).expand_as(kept)
-    rest = picked.new_zeros(()) if rest is None else rest
     moved = torch.cat([kept, rest.expand_as(picked[:, registers:])], dim=1)
     return activation.index_copy(-1, neurons, moved)
 

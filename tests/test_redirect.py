@@ -11,7 +11,7 @@ from torch import Tensor
 from testreg.redirect import grow, join, move, positions, real, unturned
 
 
-def loop(activation: Tensor, neurons: list[int], registers: int, fill: bool, rest: list[float] | None = None) -> Tensor:
+def loop(activation: Tensor, neurons: list[int], registers: int, fill: bool, rest: list[float]) -> Tensor:
     """`move`, one number at a time."""
     result = activation.clone()
     for image in range(activation.shape[0]):
@@ -19,7 +19,7 @@ def loop(activation: Tensor, neurons: list[int], registers: int, fill: bool, res
             column = [activation[image, token, neuron].item() for token in range(activation.shape[1])]
             for token in range(activation.shape[1]):
                 if token >= registers:
-                    result[image, token, neuron] = rest[place] if rest else 0
+                    result[image, token, neuron] = rest[place]
                 elif fill:
                     result[image, token, neuron] = max(column)
     return result
@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn):
             max_size=batch * (registers + tokens) * width,
         )
     )
-    rest = draw(st.none() | st.lists(st.floats(-9, 9, width=16), min_size=len(neurons), max_size=len(neurons)))
+    rest = draw(st.lists(st.floats(-9, 9, width=16), min_size=len(neurons), max_size=len(neurons)))
     shaped = torch.tensor(values).reshape(batch, registers + tokens, width)
     return shaped, neurons, registers, draw(st.booleans()), rest
 
@@ -45,8 +45,8 @@ def cases(draw: st.DrawFn):
 @given(cases())
 def test_move_equals_the_loop(case):
     activation, neurons, registers, fill, rest = case
-    before, resting = activation.clone(), None if rest is None else torch.tensor(rest)
-    moved = move(activation, torch.tensor(neurons, dtype=torch.long), registers, fill=fill, rest=resting)
+    before = activation.clone()
+    moved = move(activation, torch.tensor(neurons, dtype=torch.long), registers, torch.tensor(rest), fill=fill)
     assert torch.equal(moved, loop(activation, neurons, registers, fill, rest))
     assert torch.equal(activation, before), "edited in place"
 
@@ -54,21 +54,21 @@ def test_move_equals_the_loop(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_move_keeps_the_dtype(dtype):
     activation = torch.randn(2, 5, 4).to(dtype)
-    moved = move(activation, torch.tensor([1, 3]), 2, fill=True)
+    moved = move(activation, torch.tensor([1, 3]), 2, torch.tensor([0.5, 0]).to(dtype), fill=True)
     assert moved.dtype == dtype
-    assert torch.equal(moved, loop(activation, [1, 3], 2, True))
+    assert torch.equal(moved, loop(activation, [1, 3], 2, True, [0.5, 0]))
 
 
 def test_every_register_gets_the_maximum_of_its_own_image_and_neuron():
     activation = torch.tensor([[[0.0, 0.0], [1.0, 8.0], [5.0, 2.0]], [[0.0, 9.0], [3.0, 4.0], [2.0, 1.0]]])
-    moved = move(activation, torch.tensor([0, 1]), 1, fill=True)
+    moved = move(activation, torch.tensor([0, 1]), 1, torch.zeros(2), fill=True)
     assert moved[:, 0].tolist() == [[5, 8], [3, 9]]  # the register itself took part: 9
     assert torch.count_nonzero(moved[:, 1:]) == 0
 
 
 def test_the_gradient_of_the_maximum_goes_to_the_token_that_held_it():
     activation = torch.tensor([[[0.0], [1.0], [5.0]]], requires_grad=True)
-    move(activation, torch.tensor([0]), 1, fill=True).sum().backward()
+    move(activation, torch.tensor([0]), 1, torch.zeros(1), fill=True).sum().backward()
     assert activation.grad.flatten().tolist() == [0, 0, 1]
 
 
@@ -120,7 +120,7 @@ def test_grown_masks_let_everyone_see_the_registers_and_change_nothing_else(regi
 def test_padding_never_wins_the_maximum():
     activation = torch.tensor([[[0.0], [1.0], [9.0]], [[0.0], [3.0], [2.0]]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    moved = move(activation, torch.tensor([0]), 1, fill=True, real=mask)
+    moved = move(activation, torch.tensor([0]), 1, torch.zeros(1), fill=True, real=mask)
     assert moved[:, 0, 0].tolist() == [1, 3]
     assert torch.count_nonzero(moved[:, 1:]) == 0
 

@@ -193,7 +193,7 @@ def _forward(
         return forward
 
     torch.compiler.reset()
-    return paired({name: arm(model) for name, model in models.items()}, seconds, 7 if shape != "L" else 5)
+    return paired({name: arm(model) for name, model in models.items()}, seconds, 3 if shape == "L" else 7)
 
 
 def pieces(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
@@ -206,8 +206,7 @@ def pieces(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
             images = torch.randn(batch, 3, pixels, pixels)
             tokens = torch.randn(batch, tower.prefix + (pixels // PATCH) ** 2, tower.channels)
             joined = redirect.join(tokens[:1, :1], tokens)
-            activation = torch.randn(*joined.shape[:2], tower.neurons[0])
-            neurons = torch.tensor([3, 4])
+            moving = (torch.randn(*joined.shape[:2], tower.neurons[0]), torch.tensor([3, 4]), 1, torch.zeros(2))
 
             def wrappers(model: torch.nn.Module = model, tokens: Tensor = tokens) -> Arm:
                 """All blocks and attentions, their own work left out."""
@@ -231,11 +230,11 @@ def pieces(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
                     joined[:, 1:].contiguous(),
                 ),
                 "the wrappers of blocks and attentions": wrappers(),
-                "neurons moved in 2 blocks, dynamic": lambda activation=activation, neurons=neurons: [
-                    redirect.move(activation, neurons, 1, fill=True) for _ in range(2)
+                "neurons moved in 2 blocks, dynamic": lambda moving=moving: [
+                    redirect.move(*moving, fill=True) for _ in range(2)
                 ],
-                "neurons moved in 2 blocks, constant": lambda activation=activation, neurons=neurons: [
-                    redirect.move(activation, neurons, 1, fill=False) for _ in range(2)
+                "neurons moved in 2 blocks, constant": lambda moving=moving: [
+                    redirect.move(*moving, fill=False) for _ in range(2)
                 ],
             }
             arms = {name: torch.inference_mode()(work) for name, work in done.items()}
