@@ -4,8 +4,10 @@ Ratios within one run, never absolute times: the arms of a row run in turns, in 
 anew for each turn, and a row shows the median over the turns of each arm's time over its partner's in the same turn,
 with the 95 % interval of that median. "CPU" is the median of the process's CPU time, which other work on the machine
 disturbs less. Arms that do the same with the same weights share them in memory, and "unpatched again" is a control: how
-far it is from 1 is how far a machine can be trusted. Memory is the peak of a process that does one thing. The results
-go into docs/benchmarks.md.
+far it is from 1 is how far a machine can be trusted. Times are taken with an allocator that keeps the memory it has, as
+jemalloc and tcmalloc do: glibc gives large tensors back and gets them again page by page, thousands of times in a
+pass, or not, as their sizes happen to fall ("Page faults"). Memory is the peak of a process that does one thing. The
+results go into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import platform
 import random
 import re
+import resource
 import statistics
 import sys
 import tempfile
@@ -46,7 +49,11 @@ from testreg.scan import patch_norms, scan
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SHAPES = {"Ti": (192, 12, 3), "B": (768, 12, 12), "L": (1024, 24, 16)}  # channels, blocks, heads
 PATCH = 14
+LEAST = {"Ti": 7, "B": 7, "L": 2}  # turns
 CUDA = torch.cuda.is_available()
+# Of glibc: nothing is given back, for times; everything is at once, for peaks to be those of use.
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 PACKAGES = ("torch", "transformers", "safetensors")
 Arm = Callable[[], Any]
 Row = tuple[str, ...]
@@ -132,12 +139,17 @@ def table(head: Row, rows: Iterator[Row] | list[Row]) -> list[str]:
     return lines
 
 
-def apart(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+def apart(work: Callable[..., Any], *args: Any, allocator: dict[str, str] = GIVE_BACK) -> tuple[Any, float]:
     """What `work` gives in a process of its own, and that process's peak memory in MiB."""
     here, there = multiprocessing.Pipe()
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc then gives memory back at once: the peak is what is used
     process = multiprocessing.get_context("spawn").Process(target=_measured, args=(there, work, args))
+    before = dict(os.environ)
+    for name in KEEP:
+        os.environ.pop(name, None)
+    os.environ.update(allocator)
     process.start()
+    os.environ.clear()
+    os.environ.update(before)
     there.close()
     found = here.recv()
     process.join()
@@ -171,7 +183,15 @@ def forwards(shapes: list[tuple[str, int, int, str]], seconds: float, device: st
 
 
 def _forward(
-    shape: str, pixels: int, batch: int, dtype: str, registers: int, seconds: float, device: str, mode: str
+    shape: str,
+    pixels: int,
+    batch: int,
+    dtype: str,
+    registers: int,
+    seconds: float,
+    device: str,
+    mode: str,
+    counts: dict[str, list[int]] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
     base = vit(shape, pixels).to(device, getattr(torch, dtype))
     native = twin(base, shape, pixels, registers).to(device, getattr(torch, dtype))
@@ -181,19 +201,48 @@ def _forward(
         testreg.patch(models[form], plan)
     images = torch.randn(batch, 3, pixels, pixels).to(device, getattr(torch, dtype))
 
-    def arm(model: Any) -> Arm:
+    def arm(name: str, model: Any) -> Arm:
         called = torch.compile(model, mode=None if mode == "default" else mode) if mode else model
 
         def forward() -> None:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             with torch.inference_mode():
                 called(images)
             if device == "cuda":
                 torch.cuda.synchronize()
+            if counts is not None:
+                counts.setdefault(name, []).append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
         return forward
 
     torch.compiler.reset()
-    return paired({name: arm(model) for name, model in models.items()}, seconds, 3 if shape == "L" else 7)
+    return paired({name: arm(name, model) for name, model in models.items()}, seconds, LEAST[shape])
+
+
+def faults(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
+    """What glibc's allocator adds, as it is without being told otherwise."""
+
+    def rows() -> Iterator[Row]:
+        for shape, pixels, batch in settings:
+            taken, counts = apart(_faults, shape, pixels, batch, seconds, allocator={})[0]
+            for arm in ("unpatched", "unpatched again", "native", "dynamic", "constant"):
+                yield (
+                    f"ViT-{shape}",
+                    str(pixels),
+                    str(batch),
+                    arm,
+                    f"{counts[arm]:.0f}",
+                    *over(taken, arm, "unpatched"),
+                )
+
+    print("\nfaults", flush=True)
+    return table(("shape", "pixels", "batch", "arm", "page faults in a pass", "over unpatched", "CPU"), rows())
+
+
+def _faults(shape: str, pixels: int, batch: int, seconds: float) -> Any:
+    counts: dict[str, list[int]] = {}
+    taken = _forward(shape, pixels, batch, "float32", 1, seconds, "cpu", "", counts)
+    return taken, {arm: statistics.median(row) for arm, row in counts.items()}
 
 
 def pieces(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
@@ -376,7 +425,7 @@ def finds(counts: tuple[int, ...], seconds: float) -> list[str]:
                 "plain": lambda images=images: plain(model, images, 16),
                 "find": lambda images=images: testreg.find(model, images, force=True),
             }
-            yield (str(count), *over(paired(arms, seconds, 3, 5), "find", "plain"))
+            yield (str(count), *over(paired(arms, seconds, 1, 5), "find", "plain"))
 
     print("\nfind", flush=True)
     return table(("images, ViT-Ti 224 px", "find over plain passes", "CPU"), rows())
@@ -476,6 +525,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="for each row of a table (default: 20, quick: 3)")
     parser.add_argument("--out", type=Path, default=DOCS, help="where the tables go (default: docs/benchmarks.md)")
     given = parser.parse_args()
+    if not os.environ.keys() >= KEEP.keys():  # an allocator reads them when a process begins
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tests.benchmarks.speed", *sys.argv[1:]], {**os.environ, **KEEP}
+        )
     logging.disable_progress_bar()
     quick, seconds = given.quick, given.seconds or (3 if given.quick else 20)
 
@@ -490,12 +543,13 @@ def main() -> None:
         ("Ti", 224, 32, "bfloat16"),
         ("B", 224, 8, "bfloat16"),
     ]
-    eager = small if quick else small + large
     sections: dict[str, Callable[[], list[str]]] = {
-        "Forward passes, eager": lambda: forwards(eager, seconds),
+        "Forward passes, eager": lambda: forwards(small, seconds),
+        "Page faults": lambda: faults([("B", 224, 8)], seconds),
         "Where the time of a patch goes": lambda: pieces([("Ti", 224, 1), ("B", 224, 8)], seconds),
         "Forward passes, torch.compile": lambda: forwards(small[: 1 if quick else 3], seconds, mode="default"),
         "Graph breaks": breaks,
+        **({} if quick else {"Larger forward passes, eager": lambda: forwards(large, seconds)}),
         "Peak memory of forward passes": lambda: memories([("B", 224, 8)] if quick else [("B", 224, 8), ("B", 518, 4)]),
         "Scan": lambda: scans([("Ti", 224, 64, 16)] + ([] if quick else [("B", 518, 8, 4)]), seconds),
         "Memory of the scan": lambda: lasting((10, 64, 256) if quick else (10, 64, 1000)),
