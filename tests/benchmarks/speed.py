@@ -2,12 +2,12 @@
 
 Ratios within one run, never absolute times: the arms of a row run in turns, in one process and an order that is drawn
 anew for each turn, and a row shows the median over the turns of each arm's time over its partner's in the same turn,
-with the 95 % interval of that median (of five turns or fewer, their range). "CPU" is the median of the process's CPU time, which other work on the machine
-disturbs less. Arms that do the same with the same weights share them in memory, and "unpatched again" is a control: how
-far it is from 1 is how far a machine can be trusted. Times are taken with an allocator that keeps the memory it has, as
-jemalloc and tcmalloc do: glibc gives large tensors back and gets them again page by page, thousands of times in a
-pass, or not, as their sizes happen to fall ("Page faults"). Memory is the peak of a process that does one thing. The
-results go into docs/benchmarks.md.
+with the 95 % interval of that median (of five turns or fewer, their range). "CPU" is the median of the process's CPU
+time, which other work on the machine disturbs less. Arms that do the same with the same weights share them in memory,
+and "unpatched again" is a control: how far it is from 1 is how far a machine can be trusted. Times are taken with an
+allocator that keeps the memory it has, as jemalloc and tcmalloc do: glibc gives large tensors back and gets them again
+page by page, thousands of times in a pass, or not, as their sizes happen to fall ("Page faults"). Memory is the peak
+of a process that does one thing. The results go into docs/benchmarks.md.
 """
 
 from __future__ import annotations
