@@ -33,7 +33,7 @@ __all__ = ["is_patched", "load", "load_base", "save"]
 WEIGHTS = "model.testreg"  # how the weights' file names begin, so that no stock class finds them
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 TIMM = "timm_wrapper"  # the model type of timm's models in transformers
-CODE = ("errors", "families", "plan", "redirect", "guard", "patch", "recipe", "modeling_testreg")
+CODE = ("errors", "families", "plan", "redirect", "guard", "forwards", "patch", "recipe", "modeling_testreg")
 # The image processor and the tokenizer of the unpatched checkpoint, and its licence.
 PROCESSOR = re.compile(
     r"(pre|video_pre)?processor_config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|"

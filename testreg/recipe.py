@@ -54,11 +54,11 @@ class Recipe:
         weights: the safetensors file with the weights, or the index of its shards.
         files: file name -> SHA-256, of the weights and the plan.
         base_config: the unpatched model's config, as in its own `config.json`.
+        config: the SHA-256 of that, see `config_sha256`.
         base: where the model comes from: name and fingerprint.
         init: keyword arguments of the class that its config does not hold.
         attention: the attention implementation that the model ran with, so that outputs are the same bit for bit.
         versions: of the packages that wrote it.
-        config: SHA-256 of `base_config`, see `config_sha256`; None in checkpoints from before it was recorded.
 
     Raises:
         BadCheckpoint: a value is of the wrong type or out of range.
@@ -68,17 +68,19 @@ class Recipe:
     weights: str
     files: Mapping[str, str]
     base_config: Mapping[str, Any]
+    config: str
     base: Mapping[str, Any] = field(default_factory=dict)
     init: Mapping[str, bool] = field(default_factory=dict)
     attention: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    config: str | None = None
 
     def __post_init__(self) -> None:
         _expect(isinstance(self.architecture, str) and self.architecture.isidentifier(), "class", self.architecture)
         for name in ("files", "base_config", "base", "init", "versions"):
             _expect(isinstance(getattr(self, name), Mapping), name, getattr(self, name))
-        _expect(self.config is None or isinstance(self.config, str), "config", self.config)
+        _expect(
+            isinstance(self.config, str) and bool(DIGEST.fullmatch(self.config)), "SHA-256 of the config", self.config
+        )
         _expect(0 < len(self.files) <= MOST_FILES, "number of files", len(self.files))
         for file, digest in self.files.items():
             _expect(isinstance(file, str) and bool(FILE.fullmatch(file)) and ".." not in file, "file name", file)
@@ -150,7 +152,7 @@ class Recipe:
                 than there are tensors; the index leads elsewhere.
         """
         directory = Path(directory)
-        if self.config not in (None, config_sha256(self.base_config)):
+        if self.config != config_sha256(self.base_config):
             raise BadCheckpoint(
                 f"{directory / 'config.json'} is not what was saved: a setting under base_config was changed, so "
                 f"the model would be another one. Copy it again, or give settings to testreg.load(PATH, NAME=VALUE)."

@@ -732,8 +732,9 @@ def test_a_config_that_was_changed_is_refused_and_names_may_change(key: str, val
     for load in (testreg.load, hf.AutoModel.from_pretrained):
         with pytest.raises(BadCheckpoint, match=r"config\.json is not what was saved"):
             load(saved)
-    edit(saved, "testreg", "config", value=None)  # as in checkpoints from before it was recorded
-    testreg.load(saved)
+    edit(saved, "testreg", "config", value=None)
+    with pytest.raises(BadCheckpoint, match="SHA-256 of the config"):
+        testreg.load(saved)
 
 
 def test_files_that_are_not_those_that_were_saved_are_refused(saved: Path) -> None:
