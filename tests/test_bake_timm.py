@@ -130,7 +130,7 @@ def test_the_pull_of_a_register_is_what_attention_does(name):
     inputs = {"pixel_values": photos(4)[0]}
     start = 1000 * algebra.direction(torch.randn(64, generator=torch.Generator().manual_seed(5)))
     with torch.no_grad():
-        pull = fit._Oven(model, tower, {}, torch.zeros(1), [inputs])._pull(range(1))
+        pull = fit._Oven(model, tower, torch.zeros(1), [inputs])._pull(range(1))
     through = start if tower.seed is None else tower.seed(start).detach()
     direction = algebra.direction(through)
 

@@ -125,7 +125,7 @@ def memory(tensor):
     try:
         storage = tensor.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError):  # a tracer's, left over by another test, has none
+    except (RuntimeError, NotImplementedError):  # a tracer's tensor has no memory
         return 0, 0
 
 

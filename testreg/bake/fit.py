@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ def fit(model: nn.Module, plan: RegisterPlan, states: dict[int, Tensor], images:
         down.weight[:, list(row)] = 0
     kinds, firsts = _kinds(torch.cat(list(states.values()), dim=-1))
     targets = {block: state[firsts] for block, state in states.items()}  # (kinds, channels)
-    oven = _Oven(model, tower, plan.neurons, kinds, images)
+    oven = _Oven(model, tower, kinds, images)
     first, last = min(targets), targets[max(targets)]
     norms = last.norm(dim=-1, keepdim=True)
     if first < 0:  # nobody is to be kept from seeing them
@@ -110,7 +110,6 @@ def fit(model: nn.Module, plan: RegisterPlan, states: dict[int, Tensor], images:
 class _Oven:
     model: nn.Module
     tower: Tower
-    neurons: Mapping[int, tuple[int, ...]]
     kinds: Tensor  # of each register, `(registers,)`
     images: Inputs
     state: Tensor = field(init=False)  # of the registers in front of block 0, `(registers, channels)`

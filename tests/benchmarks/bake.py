@@ -50,7 +50,7 @@ def start() -> None:
     fitted, held = batches(model)
     states = fit.trajectory(model, plan, fitted)
     last = states[max(states)][:1]
-    oven = fit._Oven(model, tower, plan.neurons, torch.zeros(REGISTERS), fitted)
+    oven = fit._Oven(model, tower, torch.zeros(REGISTERS), fitted)
     with torch.no_grad():
         pull = oven._pull(range(min(states) + 1))
     begin = algebra.direction(last[0])
