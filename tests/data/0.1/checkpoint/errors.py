@@ -1,0 +1,43 @@
+"""Every error that a user's input can cause. Each message says what was given, what was expected and what to do."""
+
+
+class TestregError(Exception):
+    """Base of all errors of this package."""
+
+    __test__ = False  # or pytest takes the name for a test class
+
+
+class NoOutliers(TestregError):
+    """The model has no high-norm artefact patches on these images: there is nothing to patch."""
+
+
+class UnsupportedModel(TestregError):
+    """No family describes this model, or the model cannot take registers."""
+
+
+class BadCheckpoint(TestregError):
+    """A path or hub name does not hold a checkpoint that can be read or written."""
+
+
+class BadPlan(TestregError):
+    """A register plan does not fit the model, or its values are out of range."""
+
+
+class BadImages(TestregError):
+    """There are no, too few, or only unreadable calibration images."""
+
+
+class RegistersLeftOut(UserWarning):
+    """A patched model is being written without its registers."""
+
+
+class ImagesSkipped(UserWarning):
+    """Some of the images given cannot be used; the others are."""
+
+
+class ImagesRepeated(UserWarning):
+    """Many of the images given are the same."""
+
+
+class Harmful(TestregError):
+    """No setting removes the artefact without changing the model more than the guard allows."""

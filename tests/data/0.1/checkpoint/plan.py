@@ -1,0 +1,218 @@
+"""`RegisterPlan`: what to do to a model, as a value that can be compared, saved and shared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import BadPlan
+
+FORMAT = "testreg-plan"
+VERSION = 1
+LARGEST = torch.finfo(torch.float32).max
+MOST_REGISTERS = 1024  # far beyond any use; a plan file is not trusted with the size of an allocation
+
+
+@dataclass(frozen=True, eq=False)
+class RegisterPlan:
+    """Which neurons to take from the patches, and what the registers are that take their place.
+
+    Two plans are equal when they do the same to a model; where they come from does not count.
+
+    Args:
+        neurons: block index -> indices of its register neurons, both from 0.
+        registers: how many tokens join the sequence, at least 1 (or 0 with no neurons to receive).
+        entry: the block before which they join; 0 = together with the embeddings, as in the paper.
+        state: what they hold when they join. None = zeros, which then receive the neurons' maxima (the dynamic form,
+            the paper's). A tensor `(channels,)` or `(registers, channels)` in the units of the residual stream =
+            constant registers; the neurons are only taken away from the other tokens.
+        provenance: where the plan comes from, plain JSON values: scores, settings tried, images, versions.
+        rest: block index -> what its register neurons, in ascending order, have on all other tokens: best their mean
+            over ordinary patches. None = 0, as in the paper.
+
+    Raises:
+        BadPlan: a value is of the wrong type or out of range.
+    """
+
+    neurons: Mapping[int, tuple[int, ...]]
+    registers: int = 1
+    entry: int = 0
+    state: Tensor | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    rest: Mapping[int, tuple[float, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.neurons, Mapping):
+            raise BadPlan(
+                f"neurons must map blocks to neurons, as in {{7: (417,)}}, not be a {type(self.neurons).__name__}."
+            )
+        neurons = {_index(block, "a block"): _indices(row, block) for block, row in self.neurons.items()}
+        object.__setattr__(self, "neurons", dict(sorted((block, row) for block, row in neurons.items() if row)))
+        if self.rest is not None:
+            object.__setattr__(self, "rest", _rest(self.rest, self.neurons))
+        registers, entry = _index(self.registers, "registers"), _index(self.entry, "entry")
+        if registers > MOST_REGISTERS:
+            raise BadPlan(f"registers is {registers}; at most {MOST_REGISTERS} make sense, and usually 1 to 8.")
+        object.__setattr__(self, "registers", registers)
+        object.__setattr__(self, "entry", entry)
+        if self.state is not None:
+            state = torch.as_tensor(self.state).detach().to("cpu", torch.float32)
+            if state.ndim == 1:
+                state = state.expand(registers, -1)
+            if state.ndim != 2 or state.shape[0] != registers:
+                raise BadPlan(
+                    f"state has the shape {tuple(state.shape)}; {registers} registers need (channels,) or "
+                    f"({registers}, channels)."
+                )
+            if not state.isfinite().all():
+                raise BadPlan(
+                    "state holds NaN or infinity; the images or the weights that it was measured on are broken."
+                )
+            object.__setattr__(self, "state", state.clone())
+
+    @property
+    def form(self) -> str:
+        """`"dynamic"` or `"constant"`."""
+        return "dynamic" if self.state is None else "constant"
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """All register neurons as (block, neuron)."""
+        return tuple((block, neuron) for block, row in self.neurons.items() for neuron in row)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RegisterPlan):
+            return NotImplemented
+        if self._discrete() != other._discrete():
+            return False
+        return self.state is None or other.state is None or torch.equal(self.state, other.state)
+
+    def __hash__(self) -> int:
+        return hash((self.pairs, self.registers, self.entry, self.form))
+
+    def _discrete(self) -> tuple[Any, ...]:
+        return self.neurons, self.registers, self.entry, self.form, self.rest
+
+    def __str__(self) -> str:
+        neurons = ", ".join(f"({block}, {neuron})" for block, neuron in self.pairs[:8]) + (
+            ", ..." if len(self.pairs) > 8 else ""
+        )
+        where = "with the embeddings" if self.entry == 0 else f"before block {self.entry}"
+        return (
+            f"{self.registers} {self.form} register{'s' * (self.registers != 1)} joining {where}; "
+            f"{len(self.pairs)} register neuron{'s' * (len(self.pairs) != 1)} (block, neuron): {neurons or 'none'}"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the state as a tensor, all else as readable JSON in its metadata."""
+        tensors = {} if self.state is None else {"state": self.state}
+        metadata = {"format": FORMAT, "plan": json.dumps(self.to_dict(), sort_keys=True)}
+        Path(path).write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
+
+    @classmethod
+    def load(cls, path: str | Path) -> RegisterPlan:
+        """Read a file that `save` wrote.
+
+        Raises:
+            BadPlan: the file is missing, damaged, of an unknown version, or holds values out of range.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                if metadata.get("format") != FORMAT or set(names) - {"state"}:
+                    raise BadPlan(
+                        f"{path} is no register plan; testreg.RegisterPlan.save or `testreg find --out` writes one."
+                    )
+                state = file.get_tensor("state") if names else None
+            values = json.loads(metadata.get("plan", ""))
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            raise BadPlan(
+                f"{path} cannot be read as a register plan: {error}. `testreg find --out` writes one."
+            ) from error
+        return cls.from_dict(values, state)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the state's numbers stay in their tensor."""
+        return {
+            "version": VERSION,
+            "neurons": {str(block): list(row) for block, row in self.neurons.items()},
+            "registers": self.registers,
+            "entry": self.entry,
+            "form": self.form,
+            "rest": None if self.rest is None else {str(block): list(row) for block, row in self.rest.items()},
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any, state: Tensor | None = None) -> RegisterPlan:
+        """The inverse of `to_dict`; nothing in `values` is trusted.
+
+        Raises:
+            BadPlan: anything but the values that `to_dict` gives.
+        """
+        if not isinstance(values, dict) or values.get("version") != VERSION:
+            version = values.get("version") if isinstance(values, dict) else None
+            raise BadPlan(
+                f"the plan is of version {version!r}; this testreg reads version {VERSION}: pip install -U testreg."
+            )
+        provenance = values.get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise BadPlan(f"the plan's provenance must be a JSON object, not {provenance!r:.100}.")
+        if values.get("form") != ("dynamic" if state is None else "constant"):
+            raise BadPlan(
+                f"the plan calls itself {values.get('form')!r}, but has {'no' if state is None else 'a'} state."
+            )
+        if state is not None and not state.is_floating_point():
+            raise BadPlan(f"the register state is of {state.dtype}; a floating-point tensor is needed.")
+        return cls(
+            _by_block(values.get("neurons"), "neurons"),
+            registers=values.get("registers", 1),
+            entry=values.get("entry", 0),
+            state=state,
+            rest=None if values.get("rest") is None else _by_block(values["rest"], "rest"),
+            provenance=provenance,
+        )
+
+
+def _by_block(values: Any, name: str) -> dict[int, Any]:
+    """JSON's text keys as block indices."""
+    if not isinstance(values, dict) or not all(str(key).isdecimal() and len(key) < 10 for key in values):
+        raise BadPlan(f"the plan's {name} must be a JSON object with blocks as keys, not {values!r:.100}.")
+    if not all(isinstance(row, list) for row in values.values()):
+        raise BadPlan(f"the plan's {name} must hold one list per block, not {values!r:.100}.")
+    return {int(block): row for block, row in values.items()}
+
+
+def _rest(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[float, ...]]:
+    rows = rest if isinstance(rest, Mapping) and all(isinstance(row, (list, tuple)) for row in rest.values()) else {}
+    if {block: len(row) for block, row in rows.items()} != {block: len(row) for block, row in neurons.items()}:
+        raise BadPlan(f"rest must hold one number per register neuron, {dict(neurons)}, not {rest!r:.200}.")
+    for value in (value for row in rows.values() for value in row):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+            raise BadPlan(f"rest holds {value!r:.50}, which is no finite number.")
+    return {block: tuple(map(float, rows[block])) for block in neurons}
+
+
+def _index(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < 2**63:
+        huge = isinstance(value, int) and value.bit_length() > 64
+        raise BadPlan(f"{name} must be a whole number from 0, not {'one of many digits' if huge else repr(value)}.")
+    return value.__index__()
+
+
+def _indices(row: Any, block: Any) -> tuple[int, ...]:
+    if isinstance(row, (str, bytes)) or not hasattr(row, "__iter__"):
+        raise BadPlan(f"the neurons of block {block} must be a sequence of whole numbers, not {row!r}.")
+    indices = sorted(_index(value, f"a neuron of block {block}") for value in row)
+    if len(set(indices)) != len(indices):
+        raise BadPlan(f"block {block} names a neuron twice: {indices}.")
+    return tuple(indices)

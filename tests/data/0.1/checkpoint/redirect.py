@@ -1,0 +1,102 @@
+"""The intervention, as pure functions of tensors.
+
+Source: Jiang et al., "Vision Transformers Don't Need Trained Registers" (NeurIPS 2025), section 4. Registers stand in
+front of the sequence: `[registers | class and other prefix tokens | patches]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def join(registers: Tensor, tokens: Tensor) -> Tensor:
+    """Registers `(1 or batch, registers, channels)` in front of tokens `(batch, tokens, channels)`."""
+    registers = registers.to(tokens).expand(tokens.shape[0], -1, -1)
+    return torch.cat([registers, tokens], dim=1)  # (batch, registers + tokens, channels)
+
+
+def move(
+    activation: Tensor, neurons: Tensor, registers: int, rest: Tensor, *, fill: bool, real: Tensor | None = None
+) -> Tensor:
+    """Neuron activations `(batch, registers + tokens, all neurons)` with those of `neurons` taken away from the tokens.
+
+    Args:
+        neurons: indices `(neurons,)` of the register neurons.
+        registers: how many tokens at the front are registers.
+        rest: what the other tokens have instead, `(neurons,)`.
+        fill: give every register the neuron's maximum over all tokens and registers, one per neuron and image (the
+            dynamic form); otherwise registers keep what they have (the constant form). The registers take part in the
+            maximum: where register neurons form a chain over several blocks, a register fires the later ones itself.
+        real: `(1 or batch, registers + tokens)`, False where a token is padding, whose activation means nothing.
+    """
+    # Few and small operations, then one copy: a block's activation is the largest tensor there is.
+    picked = activation.index_select(-1, neurons)  # (batch, registers + tokens, neurons)
+    kept = picked[:, :registers]  # (batch, registers, neurons)
+    if fill and registers:
+        held = picked if real is None else picked.masked_fill(~real[..., None], torch.finfo(picked.dtype).min)
+        kept = held.amax(dim=1, keepdim=True).expand_as(kept)
+    moved = torch.cat([kept, rest.expand_as(picked[:, registers:])], dim=1)
+    return activation.index_copy(-1, neurons, moved)
+
+
+def grow(mask: Tensor, registers: int, tokens: int) -> Tensor:
+    """An attention mask or position bias with room for `registers` more tokens in front.
+
+    Everyone may attend to the registers, and they to every token that is not padding.
+
+    Args:
+        mask: boolean (True = attend) or additive, `(batch, keys)`, or `(batch, heads or 1, queries or 1, keys)`.
+        tokens: the length of the sequence without registers; axes of another length are left alone.
+    """
+    if mask.shape[-1] == tokens:
+        mask = pad(mask, (registers, 0), value=0 if mask.is_floating_point() else 1)  # (..., registers + keys)
+    if mask.ndim > 2 and mask.shape[-2] == tokens:
+        seen = _open(mask).any(-2, keepdim=True)  # (batch, heads or 1, 1, registers + keys)
+        rows = (
+            torch.zeros_like(mask[..., :1, :]).masked_fill(~seen, _closed(mask)) if mask.is_floating_point() else seen
+        )
+        mask = torch.cat([rows.to(mask.dtype).expand(*mask.shape[:-2], registers, -1), mask], dim=-2)
+    return mask
+
+
+def real(mask: Tensor) -> Tensor:
+    """Which tokens are not padding, `(batch, keys)`: those that anyone may attend to under a mask as in `grow`."""
+    seen = _open(mask)
+    return seen if seen.ndim == 2 else seen.flatten(1, -2).any(1)
+
+
+def _open(mask: Tensor) -> Tensor:
+    return mask > _closed(mask) / 2 if mask.is_floating_point() else mask.bool()
+
+
+def _closed(mask: Tensor) -> float:
+    return torch.finfo(mask.dtype).min
+
+
+def unturned(rope: Any, registers: int) -> Any:
+    """A rotary table for the last tokens of the sequence, with `registers` rows in front that turn nothing.
+
+    Args:
+        rope: a pair (cosines, sines) of `(..., rows, channels)`, or one tensor with sines and cosines side by side.
+    """
+    if isinstance(rope, Tensor):
+        sines, cosines = rope.chunk(2, dim=-1)
+        return torch.cat([pad(sines, (0, 0, registers, 0)), pad(cosines, (0, 0, registers, 0), value=1.0)], dim=-1)
+    cosines, sines = rope
+    return pad(cosines, (0, 0, registers, 0), value=1.0), pad(sines, (0, 0, registers, 0))
+
+
+def positions(given: Tensor | None, registers: int, tokens: Tensor) -> Tensor:
+    """Positions `(batch, registers + tokens)` of the tokens, by default their order; registers stand at 0.
+
+    Args:
+        given: positions `(batch, tokens)`, if any.
+        tokens: the sequence `(batch, registers + tokens, channels)`.
+    """
+    if given is None:
+        given = torch.arange(tokens.shape[1] - registers, device=tokens.device).expand(tokens.shape[0], -1)
+    return pad(given, (registers, 0))
