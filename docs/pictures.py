@@ -8,12 +8,12 @@ import torch
 from matplotlib.colors import LogNorm
 
 import testreg
-from testreg.checkpoint import load_base
-from testreg.demo import demo_photos
-from testreg.families import find_tower
-from testreg.images import stream
-from testreg.observe import run
-from testreg.show import as_photo, clearest_block, views
+from testreg.checkpoints.saving import load_base
+from testreg.demo.demonstration import demo_photos
+from testreg.finding.observe import run
+from testreg.images.streaming import stream
+from testreg.judging.pictures import as_photo, clearest_block, views
+from testreg.runtime.families import find_tower
 
 BEFORE, AFTER, QUIET = "#c4442f", "#2f6fc4", "#59636e"
 DOCS = Path(__file__).parent

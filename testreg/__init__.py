@@ -1,23 +1,25 @@
 """Test-time registers for pretrained Vision Transformers, without training.
 
 Find the few MLP neurons that write high-norm artefact patches, and move them into registers: `find`, then `patch`.
+
+The package is a house of rooms, each of which may import those below it (`make lint` checks it): `cli`; `judging` and
+`demo`; `export`; `checkpoints` and `finding`; `images` and `text`; `runtime` and `metrics`. Each room's `__init__.py`
+says what it is for.
 """
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import registration
-from .errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
+from .runtime import __version__, lazily, registration
+from .runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from .checkpoint import load, save
-    from .families import FAMILIES, Family
-    from .inspection import inspect
-    from .patch import Patch, active, patch
-    from .plan import RegisterPlan
-    from .search import find
+    from .checkpoints.saving import save
+    from .finding.inspection import inspect
+    from .finding.search import find
+    from .runtime.families import FAMILIES, Family
+    from .runtime.installer import Patch, active, patch
+    from .runtime.modeling_testreg import load
+    from .runtime.plan import RegisterPlan
 
 __all__ = [
     "FAMILIES",
@@ -31,6 +33,7 @@ __all__ = [
     "RegisterPlan",
     "TestregError",
     "UnsupportedModel",
+    "__version__",
     "active",
     "find",
     "inspect",
@@ -39,39 +42,18 @@ __all__ = [
     "save",
 ]
 
-# Loaded when first used: torch and transformers take seconds to import, which `testreg --help` must not.
-LAZY = {
-    "FAMILIES": "families",
-    "Family": "families",
-    "Patch": "patch",
-    "RegisterPlan": "plan",
-    "active": "patch",
-    "find": "search",
-    "inspect": "inspection",
-    "load": "checkpoint",
-    "patch": "patch",
-    "save": "checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(f".{LAZY[name]}", __name__), name)
-    return value
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("FAMILIES", "Family", "Patch", "RegisterPlan", "active", "load", "patch"), "runtime"),
+        **dict.fromkeys(("find", "inspect"), "finding"),
+        "save": "checkpoints",
+    },
+)
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
-class _Package(ModuleType):
-    """`testreg.patch` is the function: Python would bind the module of that name there when it is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in LAZY and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package  # before anything is imported
 registration.register()

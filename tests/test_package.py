@@ -26,13 +26,6 @@ def test_every_public_name_is_there():
         testreg.nope  # noqa: B018
 
 
-def test_patch_is_the_function_whoever_imports_the_module_of_that_name():
-    fresh("import sys, testreg.patch\nassert testreg.patch is sys.modules['testreg.patch'].patch")
-    fresh("import testreg.search\nassert callable(testreg.patch) and callable(testreg.inspect)")
-    fresh("from transformers import AutoConfig\nimport testreg\nassert callable(testreg.patch)")
-    fresh("from testreg import patch\nassert callable(patch)\nfrom testreg import patch\nassert callable(patch)")
-
-
 def test_names_can_be_replaced(monkeypatch):
     monkeypatch.setattr(testreg, "patch", len)
     assert testreg.patch is len

@@ -19,11 +19,11 @@ from transformers import AutoModelForImageClassification
 
 import testreg
 from testreg import RegisterPlan
-from testreg.bake import algebra, bake, fit
-from testreg.bake.drift import measure
-from testreg.families import find_tower
-from testreg.images import stream
-from testreg.observe import observe, run
+from testreg.export.bake import algebra, bake, fit
+from testreg.export.bake.drift import measure
+from testreg.finding.observe import observe, run
+from testreg.images.streaming import stream
+from testreg.runtime.families import find_tower
 
 from . import method
 

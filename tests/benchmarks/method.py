@@ -23,16 +23,16 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 
 import testreg
 from testreg import RegisterPlan
-from testreg.choose import Search, Wanted
-from testreg.count import quiet
-from testreg.detect import valley
-from testreg.families import find_tower
-from testreg.images import stream
-from testreg.observe import run
-from testreg.planted import plant
-from testreg.scan import scan
-from testreg.search import located, split
-from testreg.trial import Bench
+from testreg.demo.planted import plant
+from testreg.finding.choose import Search, Wanted
+from testreg.finding.count import quiet
+from testreg.finding.detect import valley
+from testreg.finding.observe import run
+from testreg.finding.scan import scan
+from testreg.finding.search import located, split
+from testreg.finding.trial import Bench
+from testreg.images.streaming import stream
+from testreg.runtime.families import find_tower
 
 ASSETS = Path(os.environ.get("TESTREG_ASSETS") or Path(__file__).parents[3] / "shared")
 PHOTOS = ASSETS / "images" / "coco_cc"

@@ -38,13 +38,13 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 from transformers.utils import logging
 
 import testreg
-from testreg import redirect
-from testreg.count import quiet
-from testreg.families import find_tower
-from testreg.images import stream
-from testreg.observe import run
-from testreg.planted import plant
-from testreg.scan import patch_norms, scan
+from testreg.demo.planted import plant
+from testreg.finding.count import quiet
+from testreg.finding.observe import run
+from testreg.finding.scan import patch_norms, scan
+from testreg.images.streaming import stream
+from testreg.runtime import redirect
+from testreg.runtime.families import find_tower
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SHAPES = {"Ti": (192, 12, 3), "B": (768, 12, 12), "L": (1024, 24, 16)}  # channels, blocks, heads

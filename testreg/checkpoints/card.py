@@ -1,0 +1,92 @@
+"""The model card of a patched checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..runtime.plan import RegisterPlan
+
+CARRIED = ("license", "license_name", "license_link", "pipeline_tag", "datasets", "language")
+
+
+def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) -> ModelCard:
+    """What was done, to which model, with which numbers, and how to load it.
+
+    Args:
+        base: hub name or directory name of the unpatched model.
+        source: its own model card, from which the licence is carried over.
+    """
+    data, licence = metadata(base, "transformers", source)
+    lines = [
+        f"# {base or architecture} with test-time registers",
+        "",
+        f"This is {f'`{base}`' if base else f'a `{architecture}`'} with registers added at test time, without "
+        f"training: its weights are unchanged. {plan}.",
+        "",
+        "Register neurons write high-norm artefact patches; their activation is taken from the patches, and "
+        "registers take the artefacts' place. Every output keeps its shape. Method: Jiang et al., *Vision Transformers "
+        "Don't Need Trained Registers*, NeurIPS 2025 (arXiv 2506.08010), as made by testreg.",
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "import testreg",
+        "",
+        'model = testreg.load("PATH_OR_HUB_NAME")',
+        "```",
+        "",
+        "or without testreg, from the code that lies in this repository:",
+        "",
+        "```python",
+        "from transformers import AutoModel  # or the Auto class of the task",
+        "",
+        'model = AutoModel.from_pretrained("PATH_OR_HUB_NAME", trust_remote_code=True)',
+        "```",
+        "",
+        "A stock class, such as `" + architecture + "`, refuses these files: it would lose the registers.",
+        "",
+        *_table(plan.provenance),
+        "## Licence",
+        "",
+        f"That of the base model: {licence}." if licence else "That of the base model, whose card did not say which.",
+        "",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def metadata(base: str, library: str, source: Path | None) -> tuple[ModelCardData, str | None]:
+    """The front matter of a card, and the name of the licence.
+
+    What the base model's own card, `source`, says of its licence, its task and its data holds here too.
+    """
+    try:
+        values = ModelCard.load(source).data.to_dict() if source else {}
+    except Exception:  # a stranger's YAML; a card is no reason to fail
+        values = {}
+    known = {key: values[key] for key in CARRIED if values.get(key) is not None}
+    tags = ["testreg", "test-time-registers"]
+    data = ModelCardData(base_model=base or None, library_name=library, tags=tags, **known)
+    return data, known.get("license_name") or known.get("license")
+
+
+def _table(provenance: Mapping[str, Any]) -> list[str]:
+    """The numbers of `provenance["before"]` beside those of `provenance["after"]`."""
+    before, after = provenance.get("before"), provenance.get("after")
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return []
+    rows = [
+        f"| {str(key).replace('_', ' ').replace('|', '/')} | {before[key]:.4g} | {after[key]:.4g} |"
+        for key in before
+        if _number(before[key]) and _number(after.get(key))
+    ]
+    if not rows:
+        return []
+    return ["## Before and after", "", "| | unpatched | with registers |", "|---|---|---|", *rows, ""]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,99 @@
+"""Loading an unpatched checkpoint, with care."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..runtime.errors import BadCheckpoint, TestregError
+from ..runtime.families import find_tower
+from ..runtime.modeling_testreg import fetch, first_line, skeleton
+from ..runtime.recipe import MODEL_TYPE, read_json
+from . import of_timm
+
+
+def load_base(path: str | Path, *, check: Callable[[Any], Any] = find_tower, **kwargs: Any) -> Any:
+    """An unpatched checkpoint as the class that its config names, in evaluation mode, or an error that says why not.
+
+    Args:
+        path: its directory, or its name on the hub.
+        check: raises where the model is none of those wanted.
+        kwargs: what `from_pretrained` takes.
+
+    Raises:
+        BadCheckpoint: there is no such checkpoint, it is damaged, lacks weights, or holds NaN.
+        UnsupportedModel: by default, it holds no Vision Transformer of a known family.
+    """
+    directory = fetch(path, kwargs)
+    read_json(directory / "config.json")
+    if not any(directory.glob("*.safetensors")):
+        raise BadCheckpoint(f"{path} has no weights in safetensors, and pickled ones are never read.")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except TestregError:
+        raise
+    except Exception as error:  # a damaged file, an unknown type: transformers raises anything
+        raise BadCheckpoint(f"{path} is no checkpoint that transformers can read: {first_line(error)}") from error
+    if config.model_type == MODEL_TYPE:
+        raise BadCheckpoint(f"{path} has registers already; testreg.load loads it. Give the original checkpoint.")
+    if config.model_type == of_timm.TIMM:
+        kwargs |= of_timm.as_transformers_reads_it(config)
+    named = next(iter(config.architectures or ()), "")
+    found = getattr(transformers, named, None)
+    model_class: Any = found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
+    try:
+        if model_class is not AutoModel:
+            check(skeleton(model_class, config))  # a text model is refused before its weights are read
+        kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        model, info = model_class.from_pretrained(directory, **kwargs)
+        missing = sorted(map(str, info["missing_keys"]))
+        if missing and all("pooler" in key for key in missing) and _takes_pooler(type(model)):
+            model, info = type(model).from_pretrained(directory, add_pooling_layer=False, **kwargs)
+            missing = sorted(map(str, info["missing_keys"]))
+    except (TestregError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BadCheckpoint(f"{path} cannot be loaded as {named or 'a model'}: {first_line(error)}") from error
+    check(model)
+    if missing:
+        raise BadCheckpoint(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which would be "
+            f"random numbers: is it the right checkpoint, and complete?"
+        )
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.device.type != "meta" and not weight.isfinite().all():
+            raise BadCheckpoint(f"{path} holds NaN or infinity in {name}: the weights are broken, download them again.")
+    if not Path(path).expanduser().is_dir():
+        model.name_or_path = model.config.name_or_path = str(path)  # the hub's name, not where its cache lies
+        model.config._commit_hash = directory.name
+    return model
+
+
+def is_patched(path: str | Path) -> bool:
+    """Whether a directory, or a name on the hub, holds a checkpoint with registers."""
+    directory = Path(path).expanduser()
+    if not directory.exists() and str(path).count("/") < 2:
+        try:
+            directory = Path(hf_hub_download(str(path), "config.json")).parent
+        except Exception:  # of the hub's client; whoever loads it says what is wrong
+            return False
+    return config_of(directory).get("model_type") == MODEL_TYPE
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    try:
+        values = read_json(directory / "config.json")
+    except BadCheckpoint:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _takes_pooler(model_class: Any) -> bool:
+    return "add_pooling_layer" in inspect.signature(model_class).parameters

@@ -1,0 +1,71 @@
+"""The command `export`: a patched model for where testreg is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import words
+from .console import writable
+from .group import as_json, load_both, loading, main, print_json, say, with_plan
+
+
+@main.command(short_help="Write a form that needs no testreg: stock weights, or ONNX.")
+@click.argument("model")
+@click.option("--format", "form", type=click.Choice(["stock", "onnx"]), required=True, help="What to write.")
+@click.option("--images", type=click.Path(), help="stock: a folder of photos to fit to and to check with; 32 or more.")
+@with_plan
+@click.option("--library", type=click.Choice(["transformers", "timm"]), help="stock: whose. Default: either.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="stock: a directory; onnx: NAME.onnx.")
+@click.option("--replace", is_flag=True, help="Replace the checkpoint, or the file, that is there as --out.")
+@click.option("--force", is_flag=True, help="Take another model's plan; write stock weights that drift too far.")
+@loading
+@as_json
+def export(
+    model: str,
+    form: str,
+    images: str | None,
+    plan_file: str | None,
+    library: str | None,
+    out: Path,
+    replace: bool,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Write MODEL in a form that needs no testreg where it is used. MODEL is a patched one, or any with --plan.
+
+    \b
+    stock   weights alone, in an architecture of transformers or timm with register slots
+    onnx    for ONNX Runtime and other engines; any batch size
+
+    \b
+    testreg export vit-clean --format stock --images photos/ --out vit-stock
+    testreg export vit-clean --format onnx --out vit-clean.onnx
+    """
+    from .. import patch as install
+
+    if form == "stock" and images is None:
+        raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
+    for name, value in {"--images": images, "--library": library}.items():
+        if form == "onnx" and value:
+            raise click.UsageError(f"--format onnx does not take {name}.")
+    if form == "onnx":
+        writable(out)
+    loaded, plan = load_both(model, plan_file, {**given, "images": images}, check=not force)
+    if plan:
+        install(loaded, plan)
+    if form == "stock":
+        from ..export.bake import export_stock
+
+        baked = export_stock(loaded, images, out, library=library, force=force, replace=replace)
+        told = {"out": str(out), "format": form, "library": baked.library, **baked.summary()}
+        return print_json(told) if as_json else say(words.stock(told))
+    from ..export.onnx import export_onnx
+
+    dtype = next(loaded.parameters()).dtype
+    export_onnx(loaded, out, dtype=dtype, replace=replace)
+    told = {"out": str(out), "format": form, "dtype": str(dtype).removeprefix("torch.")}
+    return print_json(told) if as_json else say(f"ONNX in {out}: {told['dtype']}, checked against PyTorch.")

@@ -1,0 +1,153 @@
+"""The commands that show what registers do: `evaluate`, `report` and `show`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import words
+from .console import wrapped, writable, writing
+from .group import as_json, load_both, load_model, loading, main, print_json, say, span, with_plan
+
+TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
+
+
+@main.command(short_help="Measure a model without and with registers.")
+@click.argument("model")
+@click.option("--data", type=click.Path(), required=True, help="A folder of photos with the labels of the task.")
+@click.option("--task", type=click.Choice(TASKS), required=True, help="What to measure.")
+@with_plan
+@click.option("--against", multiple=True, help="Another checkpoint to compare with, as it is; may be given again.")
+@click.option(
+    "--baselines/--no-baselines", default=True, help="Judge the baselines of the protocol too.", show_default=True
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos.")
+@click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
+@click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
+@click.option("--sweep", is_flag=True, help="With discovery: also other blocks, features and biases, reported apart.")
+@click.option("--out", multiple=True, type=click.Path(path_type=Path), help="Write the table here, as .json or .csv.")
+@loading
+@as_json
+def evaluate(
+    model: str,
+    data: str,
+    task: str,
+    plan_file: str | None,
+    against: tuple[str, ...],
+    baselines: bool,
+    limit: int | None,
+    out: tuple[Path, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure MODEL without and with its registers, beside the baselines that tell what an effect is due to.
+
+    \b
+    outliers, sinks, agreement   any photos
+    discovery                    photos with COCO JSON or VOC XML boxes
+    attention, probe             photos with masks of the same names in a folder masks
+    classify                     one folder of photos per class
+
+    MODEL is a patched checkpoint, or any other with --plan. Intervals hold 95 % and come from the same photos.
+
+    \b
+    testreg evaluate vit-clean --data photos/ --task discovery --out table.csv
+    """
+    from .. import inspect as look
+    from ..images.labels import photos as photos_of
+    from ..judging.evaluation import TABLES
+    from ..judging.evaluation import evaluate as judge
+    from ..runtime.installer import active
+
+    for path in out:
+        writable(path, TABLES)
+    settings = {name: given[name] for name in ("side", "sweep") if given[name]}
+    if given["foreground"]:
+        first, last = span(given["foreground"], "--foreground", "1-90")
+        settings["foreground"] = range(first, last + 1)
+    loaded, plan = load_both(model, plan_file, {**given, "images": data})
+    table = judge(
+        loaded,
+        data,
+        _task(task, settings),
+        plan=plan,
+        against={name: load_model(name, given, patched=True) for name in against},
+        baselines=baselines,
+        limit=limit,
+        progress=sys.stderr.isatty(),
+    )
+    for path in out:
+        with writing(path) as file:
+            table.save(file)
+    if as_json:
+        return print_json(table.to_dict())
+    if not plan and not active(loaded):
+        photos = [sample.path for sample in photos_of(data)[: limit or 64]]
+        say(wrapped(look(loaded, photos).verdict), "")
+    say(words.judged(str(data), table.provenance), str(table), *(f"Table in {path}." for path in out))
+
+
+@main.command(short_help="One HTML page: before and after.")
+@click.argument("model")
+@click.option("--images", type=click.Path(), required=True, help="A folder of photos.")
+@with_plan
+@click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Use only the first photos.")
+@loading
+@as_json
+def report(model: str, images: str, plan_file: str | None, out: Path, limit: int, as_json: bool, **given: Any) -> None:
+    """Show MODEL before and after on one HTML page that loads nothing from outside.
+
+    \b
+    testreg report vit-clean --images photos/ --out report.html
+    """
+    from ..judging.reporting import report as write
+    from ..judging.reporting import save
+
+    writable(out)
+    loaded, plan = load_both(model, plan_file, {**given, "images": images})
+    page = write(loaded, images, plan=plan, most=limit)
+    with writing(out) as file:
+        save(page, file)
+    if as_json:
+        return print_json({"report": str(out)})
+    say(f"Report in {out}.")
+
+
+@main.command(short_help="Draw norm maps and attention before and after.")
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@with_plan
+@click.option("--out", type=click.Path(path_type=Path), default="before_after.png", show_default=True)
+@loading
+@as_json
+def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, as_json: bool, **given: Any) -> None:
+    """Draw patch norms and class-token attention of IMAGES, at most 12, before and after, side by side.
+
+    \b
+    testreg show vit-clean photos/one.jpg photos/two.jpg --out before_after.png
+    """
+    from ..judging.pictures import PICTURES
+    from ..judging.pictures import show as draw
+
+    writable(out, PICTURES)
+    loaded, plan = load_both(model, plan_file, {**given, "images": images})
+    figure = draw(loaded, plan, list(images))
+    with writing(out) as file:
+        figure.savefig(file, dpi=150)
+    if as_json:
+        return print_json({"picture": str(out)})
+    say(f"Picture in {out}.")
+
+
+def _task(name: str, settings: dict[str, Any]) -> Any:
+    from ..judging.tasks import TASKS
+
+    foreign = sorted(settings.keys() - {field.name for field in fields(TASKS[name])})
+    if foreign:
+        raise click.UsageError(f"the task {name} does not take {' and '.join(f'--{key}' for key in foreign)}.")
+    return TASKS[name](**settings)

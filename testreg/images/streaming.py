@@ -1,0 +1,264 @@
+"""Whatever holds images -> batches of model inputs, through the model's own image processor.
+
+Streaming: one image at a time is read, decoded and processed, so memory does not grow with their number. Files may be
+broken: they are skipped and listed with a reason. Values handed over in memory may not be: they raise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..runtime.errors import BadImages
+from . import decode, sources
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one processed shape.
+
+    Attributes:
+        inputs: what the model is called with, on the CPU; every tensor has the axis of images first, as in
+            `pixel_values (images, channels, height, width)`.
+        digests: one per image, SHA-256 in hexadecimal of its size and its upright RGB pixels (of the tensors, where
+            the image came processed): the same image has the same digest in any file format, order, batch or run.
+    """
+
+    inputs: dict[str, Tensor]
+    digests: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+
+def stream(
+    images: Any,
+    processor: Callable[..., Any] | None = None,
+    *,
+    model: Any = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> ImageStream:
+    """Batches of `images`, made when they are iterated over.
+
+    Args:
+        images: a folder (searched recursively, in the order of names; hidden files and those without the suffix of an
+            image are passed over), a file, encoded bytes, a PIL image, an array (height, width), (height, width,
+            channels) or, where only the first axis can be channels, (channels, height, width), of bool, uint8, uint16
+            or floats in 0..1, or several of one size in one array; a uint8 tensor of such shapes; a floating-point
+            tensor of processed pixel values (channels, height, width) or (images, channels, height, width); a dict of
+            processed inputs with an axis of images; a row of a data set with one image; or an iterable of any of
+            these, nested or not (list, generator, data set, DataLoader). Numbers and 0-d or 1-d arrays beside the
+            images are labels and passed over.
+        processor: turns an image into inputs: an image processor of transformers, a full Processor that has one, or a
+            function from a PIL image to a tensor (channels, height, width), such as timm's and open_clip's transforms.
+        model: whose own processor to use where none is given (see `processor_for`).
+        batch_size: images per batch, at least 1; fewer at the end, and where images come in several shapes.
+        workers: processes that decode and process; 0 = this one. The batches are the same.
+        share: which of how many shares, from 0: batches of the images are dealt out in turn, all of them read by their
+            own share only, as far as they are files. A share may be empty.
+
+    Every image becomes upright (EXIF rotation applied) 8-bit RGB before it is processed: transparent pixels show white,
+    16-bit values are scaled, of animations the first frame counts.
+
+    Raises:
+        BadImages: a path does not exist, or an argument is out of range; the rest is raised by the iteration.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise BadImages(f"{name} must be a whole number from {least}, not {value!r}.")
+    for path in images if isinstance(images, (list, tuple)) else [images]:
+        if isinstance(path, (str, os.PathLike)):
+            sources.existing(path)  # a typo costs nothing here, and much at the end of a long run
+    missing = "pass processor=transformers.AutoImageProcessor.from_pretrained(...)"
+    if processor is None and model is not None:
+        try:
+            processor = processor_for(model)
+        except BadImages as error:  # which matters only if an image turns up that needs it
+            missing = str(error)
+    processor = getattr(processor, "image_processor", processor)
+    if processor is not None and not callable(processor):
+        raise BadImages(f"{type(processor).__name__} is no image processor: a callable is needed.")
+    return ImageStream(images, processor, batch_size, workers, missing, share)
+
+
+def processor_for(model: Any) -> Any:
+    """The image processor that lies with the checkpoint that `model` was loaded from; a pipeline's own.
+
+    Raises:
+        BadImages: the model was not loaded from a checkpoint, or there is no readable image processor with it.
+    """
+    own = getattr(model, "image_processor", None)
+    if own is not None:
+        return own
+    from transformers import AutoImageProcessor  # slow to import, and tensors need none
+
+    how = (
+        "pass processor=transformers.AutoImageProcessor.from_pretrained(NAME) with the name of a checkpoint that the "
+        "model resembles, or images as tensors of processed pixel values"
+    )
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise BadImages(f"{type(model).__name__} was not loaded from a checkpoint, so has no image processor: {how}.")
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except Exception as error:  # whatever a damaged file or an unreachable hub raises
+        raise BadImages(f"there is no usable image processor with {name!r} ({decode.reason(error)}): {how}.") from error
+
+
+class ImageStream:
+    """An iterable of `Batch`; see `stream`. It can be iterated over again where the images can.
+
+    Attributes:
+        skipped: `(name, reason)` of the broken images that the last iteration met.
+        count: images that the last iteration yielded so far.
+
+    Iterating raises BadImages where no image is left, a value in memory is no image or not finite, an image needs a
+    processor and there is none, or an iterator among the images was used up by an earlier iteration.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        processor: Callable[..., Any] | None,
+        batch_size: int,
+        workers: int,
+        missing: str = "",
+        share: tuple[int, int] = (0, 1),
+    ):
+        self.source = sources.Source(images)
+        self.processor, self.batch_size, self.workers = processor, batch_size, workers
+        self.skipped: list[tuple[str, str]] = []
+        self.count = 0
+        self._missing = missing
+        self._share, self._shares = share
+
+    @property
+    def ignored(self) -> int:
+        """Files that are hidden or not named like images, and labels, that the last iteration passed over."""
+        return self.source.ignored
+
+    @property
+    def expected(self) -> int | None:
+        """How many images there are, broken ones included; None where only the iteration can tell."""
+        return sources.expected(self.source.images)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.skipped, self.count = [], 0
+        groups: dict[Any, list[_Prepared]] = {}  # processors that keep the aspect ratio give several shapes
+        for image in self._prepared():
+            if image.inputs is None:
+                self.skipped.append((image.name, image.text))
+                continue
+            shape = tuple((key, value.shape, value.dtype) for key, value in image.inputs.items())
+            groups.setdefault(shape, []).append(image)
+            if len(groups[shape]) == self.batch_size:
+                yield self._batch(groups.pop(shape))
+            elif sum(map(len, groups.values())) == 2 * self.batch_size:  # never more than two batches wait
+                fullest = max(groups, key=lambda shape: len(groups[shape]))
+                yield self._batch(groups.pop(fullest))
+        for group in groups.values():
+            yield self._batch(group)
+        if not self.count and self._shares == 1:
+            raise BadImages(self.nothing())
+
+    def _prepared(self) -> Iterator[_Prepared]:
+        # What a sampler yields goes to dataset[...] in a worker, in order: so the sampler yields the images themselves,
+        # and a generator is read once, here, however many workers there are.
+        loader: Iterable[_Prepared] = DataLoader(
+            _Prepare(self.processor),
+            sampler=self._items(),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=-(-2 * self.batch_size // self.workers) if self.workers else None,  # two batches in all
+            collate_fn=_same,
+            generator=torch.Generator(),  # or it would draw from the user's
+        )
+        for image in loader:
+            if self.workers and image.inputs:  # each tensor from a worker holds a file open, of which there are few
+                image = image._replace(inputs={key: value.clone() for key, value in image.inputs.items()})
+            yield image
+
+    def _items(self) -> Iterator[sources.Item]:
+        for index, item in enumerate(self.source):
+            if index // self.batch_size % self._shares != self._share:
+                continue  # whole batches, so that every image has the neighbours that it has with one share
+            if self.processor is None and not isinstance(item.value, (dict, str)):
+                raise BadImages(f"{item.name} needs an image processor, and there is none: {self._missing}.")
+            yield item
+
+    def _batch(self, group: list[_Prepared]) -> Batch:
+        self.count += len(group)
+        rows = [image.inputs for image in group if image.inputs is not None]
+        inputs = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}  # (1, ...) x images -> (images, ...)
+        return Batch(inputs, tuple(image.text for image in group))
+
+    def nothing(self) -> str:
+        """Why there is no image among those given."""
+        images = self.source.images
+        given = images if isinstance(images, (str, os.PathLike)) else f"the {type(images).__name__} given"
+        broken = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:3])
+        return (
+            f"no image could be used of {given}: {len(self.skipped)} broken"
+            + (f" ({broken}{'; ...' if len(self.skipped) > 3 else ''})" if broken else "")
+            + f", {self.ignored} passed over (hidden, not named like an image, or a label). {sources.EXPECTED}"
+        )
+
+
+class _Prepared(NamedTuple):
+    name: str
+    inputs: dict[str, Tensor] | None  # None where the image is broken
+    text: str  # its digest, or the reason
+
+
+class _Prepare(Dataset[_Prepared]):
+    """Decodes and processes one image; runs in the workers."""
+
+    def __init__(self, processor: Callable[..., Any] | None):
+        self.processor = processor
+
+    def __getitem__(self, item: sources.Item) -> _Prepared:
+        try:
+            if isinstance(item.value, str):
+                return _Prepared(item.name, None, item.value)
+            if isinstance(item.value, dict):
+                return _Prepared(item.name, item.value, _digest(item.value))
+            image = item.value if isinstance(item.value, Image.Image) else decode.decode(item.value)
+            return _Prepared(item.name, self._process(image), decode.digest(image))
+        except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
+            return _Prepared(item.name, None, decode.reason(error))
+
+    def _process(self, image: Image.Image) -> dict[str, Tensor]:
+        assert self.processor is not None
+        # One image at a time: what it becomes, and whether it can be processed, does not depend on its neighbours.
+        of_transformers = hasattr(self.processor, "model_input_names")
+        output = self.processor(image, return_tensors="pt") if of_transformers else self.processor(image)
+        if isinstance(output, Tensor):
+            output = {"pixel_values": output if output.ndim == 4 else output[None]}
+        if not isinstance(output, Mapping):
+            raise TypeError(f"the processor makes a {type(output).__name__} of it, not a tensor or a dict of tensors")
+        inputs = {key: value for key, value in output.items() if isinstance(value, Tensor)}
+        if sources.check(inputs, "what the processor makes of it") != 1:
+            raise ValueError("the processor makes several images of it")
+        return inputs
+
+
+def _digest(inputs: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for key, value in sorted(inputs.items()):
+        total.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _same(value: Any) -> Any:
+    return value  # a lambda could not travel to the workers

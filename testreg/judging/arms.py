@@ -1,0 +1,184 @@
+"""The arms of an evaluation: the model without and with its registers, and the baselines that keep a report honest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..finding.observe import NOTHING, grid, observe, run
+from ..finding.trial import Threshold
+from ..images.streaming import processor_for, stream
+from ..metrics.outliers import interpolate
+from ..runtime.families import Tower, find_tower
+from ..runtime.installer import check, patch
+from ..runtime.plan import RegisterPlan
+
+UNPATCHED, PATCHED = "unpatched", "patched"
+USUAL = Threshold(4.0)  # from which norm on a patch is an outlier, where no plan says
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model in one state.
+
+    Attributes:
+        plan: the registers it has; None = as it comes, patched or not.
+        repair: replace patches that are outliers by this threshold by their neighbours' mean, in what is read from the
+            model. None = leave them.
+    """
+
+    name: str
+    model: nn.Module
+    processor: Any
+    plan: RegisterPlan | None = None
+    repair: Threshold | None = None
+
+    @property
+    def tower(self) -> Tower:
+        return find_tower(self.model)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The model in this state, inside a `with`; as it was afterwards."""
+        if self.plan is None:
+            yield
+        else:
+            with patch(self.model, self.plan):
+                yield
+
+    def inputs(self, path: Any, side: int | None = None, *, square: bool = False) -> Mapping[str, Tensor]:
+        """One photo as model inputs.
+
+        Args:
+            side: pixels of the shorter side, with the whole photo in view and each side rounded to whole patches;
+                None = however the processor does it.
+            square: make both sides that long.
+
+        Raises:
+            BadImages: the photo cannot be read.
+        """
+        processor = self.processor if side is None else partial(self._resized, side, square)
+        (batch,) = stream(path, processor, batch_size=1)
+        return batch.inputs
+
+    def _resized(self, side: int, square: bool, photo: Image.Image) -> Tensor:
+        scale, size = side / min(photo.size), self.patch_size()
+        width, height = (max(1, round((side if square else length * scale) / size)) * size for length in photo.size)
+        resized = photo.resize((width, height), Image.Resampling.BICUBIC)
+        output = self.processor(resized, do_resize=False, do_center_crop=False, return_tensors="pt")
+        return output["pixel_values"]
+
+    def patch_size(self) -> int:
+        """Pixels of one patch's side: the stride of the first convolution."""
+        stride = next(module.stride for module in self.tower.module.modules() if isinstance(module, nn.Conv2d))
+        return int(stride[0])
+
+    def features(self, inputs: Mapping[str, Tensor], wanted: list[tuple[str, int]]) -> list[Tensor]:
+        """What the patches of one image are, each `(rows, columns, channels)` on the CPU, outliers repaired if so set.
+
+        Args:
+            wanted: pairs of "keys" (of all heads side by side) or "states" (the block's output), and the block.
+        """
+        tower = self.tower
+        kinds = {kind: {block for of, block in wanted if of == kind} for kind in ("keys", "states")}
+        # A block's keys are as its input is, so its outliers are those of the block before.
+        stands_out = {("keys", block): max(block - 1, 0) for block in kinds["keys"]}
+        stands_out |= {("states", block): block for block in kinds["states"]}
+        states = kinds["states"] | set(stands_out.values())
+        with observe(self.model, keys=kinds["keys"], states=states) as seen:
+            run(self.model, inputs)
+        height, width = inputs["pixel_values"].shape[-2:]
+
+        def patches(tokens: Tensor) -> Tensor:
+            tokens = tokens[0, tower.prefix :].float().cpu()
+            return tokens.unflatten(0, grid(height, width, len(tokens)))
+
+        found = []
+        for kind, block in wanted:
+            tokens = patches(getattr(seen, kind)[block])
+            if self.repair:
+                tokens = interpolate(tokens, outlying(patches(seen.states[stands_out[kind, block]]), self.repair))
+            found.append(tokens)
+        return found
+
+    def attention(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Last-block attention of the class token, mean over heads, `(rows, columns)`; without a class token, what each
+        patch receives from the mean one. Outliers are repaired if so set.
+        """
+        last, tower = len(self.tower.blocks) - 1, self.tower
+        with observe(self.model, attentions=[last], states=[max(last - 1, 0)]) as seen:
+            run(self.model, inputs)
+        maps = seen.attentions[last][0].float().mean(dim=0)  # (tokens, tokens)
+        maps = (maps[:1] if tower.prefix else maps)[:, tower.prefix :].mean(dim=0).cpu()  # (patches,)
+        height, width = inputs["pixel_values"].shape[-2:]
+        size = grid(height, width, len(maps))
+        maps = maps.unflatten(0, size)
+        if not self.repair:
+            return maps
+        before = seen.states[max(last - 1, 0)][0, tower.prefix :].float().cpu().unflatten(0, size)
+        return interpolate(maps[..., None], outlying(before, self.repair))[..., 0]
+
+
+def outlying(states: Tensor, threshold: Threshold) -> Tensor:
+    """Which patches of one image, `(rows, columns, channels)`, are outliers."""
+    norms = states.norm(dim=-1)  # (rows, columns)
+    return threshold.outliers(norms.flatten()).view_as(norms)
+
+
+def arms(
+    model: nn.Module,
+    plan: RegisterPlan | None,
+    *,
+    processor: Any = None,
+    against: Mapping[str, nn.Module] | None = None,
+    baselines: bool = True,
+    threshold: Threshold = USUAL,
+) -> list[Arm]:
+    """The unpatched model first, which the others are compared with; then patched, baselines, and other models.
+
+    Args:
+        plan: the registers to judge; None = there are none, and the unpatched model is judged alone.
+        against: other models by name, as they come: saved patched checkpoints, siblings trained with registers.
+        baselines: add the five of the protocol, which show what of an effect is due to what.
+        threshold: which patches the neighbour interpolation repairs.
+
+    Raises:
+        BadPlan: the plan does not fit the model.
+    """
+    processor = processor or processor_for(model)
+    found = [Arm(UNPATCHED, model, processor, NOTHING)]
+    if plan is not None:
+        check(find_tower(model), plan)
+        found.append(Arm(PATCHED, model, processor, plan))
+        if baselines:
+            found += [
+                Arm("inert zero token", model, processor, RegisterPlan({}, registers=1)),
+                Arm(
+                    "neurons taken, no register",
+                    model,
+                    processor,
+                    RegisterPlan(plan.neurons, registers=0, rest=plan.rest),
+                ),
+                Arm("random neurons instead", model, processor, random_neurons(find_tower(model), plan)),
+                Arm("outliers interpolated", model, processor, NOTHING, repair=threshold),
+            ]
+    for name, other in (against or {}).items():
+        found.append(Arm(name, other, processor_for(other)))
+    return found
+
+
+def random_neurons(tower: Tower, plan: RegisterPlan, seed: int = 0) -> RegisterPlan:
+    """`plan` with as many other neurons of the same blocks in place of its own, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    neurons = {}
+    for block, row in plan.neurons.items():
+        order = torch.randperm(tower.neurons[block], generator=generator).tolist()
+        neurons[block] = tuple(neuron for neuron in order if neuron not in row)[: len(row)]
+    return RegisterPlan(neurons, registers=plan.registers, entry=plan.entry, state=plan.state)

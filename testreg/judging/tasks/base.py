@@ -1,0 +1,103 @@
+"""What every task of an evaluation has in common.
+
+A task looks at every sample through every arm, then turns what it saw into measures: per-image values and the statistic
+over images, so that intervals and differences between arms can be drawn from the same images.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...finding.observe import run
+from ...images import labels
+from ...images.labels import Sample
+from ..arms import Arm
+
+Statistic = Callable[[np.ndarray], Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of one arm, with what it takes to resample it.
+
+    Attributes:
+        values: per image, `(images, ...)`.
+        statistic: of such values of any images, in the last axis but those of one image; one value for each draw in
+            front of it. None = the mean.
+        unit: "%" values are shares of 1.
+        setting: what was fixed or swept to get it.
+        kind: "fixed"; "block", for one of many blocks; one of a "sweep", whose best is chosen on the test set; or a
+            "floor", which needs no model.
+    """
+
+    values: np.ndarray
+    unit: str = "%"
+    statistic: Statistic | None = None
+    setting: str = ""
+    kind: str = "fixed"
+
+    def of(self, index: np.ndarray) -> Any:
+        """The value over images `index` `(images,)`, or for each of several draws `(draws, images)`."""
+        picked = self.values[index]
+        return picked.mean(axis=-1) if self.statistic is None else self.statistic(picked)
+
+
+Measures = dict[str, Measure]
+
+
+@dataclass
+class Task(ABC):
+    """Base of all tasks.
+
+    Attributes:
+        side: pixels of the shorter side of photos; None = however the processor does it.
+    """
+
+    name: ClassVar[str]
+    repairable: ClassVar[bool] = True  # whether a repair of what is read from the model means something here
+    side: int | None = None
+
+    def samples(self, data: str | Path) -> list[Sample]:
+        return labels.photos(data)
+
+    @abstractmethod
+    def look(self, arm: Arm, samples: Iterable[Sample]) -> Any:
+        """Run the arm's model, as it is now, over the samples."""
+
+    @abstractmethod
+    def measure(self, seen: Any, unpatched: Any) -> Measures:
+        """Measures of what an arm saw, given what the unpatched one did."""
+
+    def floor(self, samples: list[Sample], unpatched: Any) -> Measures:
+        """What answers that look at no photo score."""
+        return {}
+
+
+def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """What the model says of each image as a whole, `(batch, channels)`, and what that is.
+
+    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state.
+    """
+    if hasattr(model, "get_image_features"):
+        pooled = run(model, inputs).pooler_output
+        with torch.no_grad():
+            project: Any = getattr(model, "visual_projection", None)
+            return "image_embeds", (pooled if project is None else project(pooled)).float().cpu()
+    output = run(model, inputs, whole=True)
+    if isinstance(output, Tensor) and output.ndim == 2:  # timm, open_clip, torchvision
+        return "logits", output.float().cpu()
+    for kind in ("logits", "image_embeds", "pooler_output"):
+        if isinstance(found := getattr(output, kind, None), Tensor) and found.ndim == 2:
+            return kind, found.float().cpu()
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        states = output.feature_maps[-1].flatten(2).transpose(1, 2)  # a backbone: (batch, channels, rows, columns)
+    return "mean state", states.float().mean(dim=1).cpu()

@@ -1,0 +1,68 @@
+"""What a checkpoint with registers carries with it: enough to load one and run it where testreg is not installed.
+
+Imports nothing else of the package, since these files are copied into every checkpoint as they are. Read `plan` first
+(what is done to a model, as a value), then `installer` (it is done, and undone), `forwards` (by which modules) and
+`redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
+    from .families import FAMILIES, Family, Tower, find_tower
+    from .installer import Patch, active, patch
+    from .modeling_testreg import load
+    from .plan import RegisterPlan
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "FAMILIES",
+    "BadCheckpoint",
+    "BadImages",
+    "BadPlan",
+    "Family",
+    "Harmful",
+    "NoOutliers",
+    "Patch",
+    "RegisterPlan",
+    "TestregError",
+    "Tower",
+    "UnsupportedModel",
+    "active",
+    "find_tower",
+    "lazily",
+    "load",
+    "patch",
+]
+
+
+def lazily(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose `names` come from the modules beside them, imported when first asked for.
+
+    Torch and transformers take seconds to import, which `import testreg` and `testreg --help` must not.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f".{names[name]}", package), name)
+
+    return find
+
+
+__getattr__ = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("FAMILIES", "Family", "Tower", "find_tower"), "families"),
+        **dict.fromkeys(("Patch", "active", "patch"), "installer"),
+        **dict.fromkeys((name for name in __all__ if name[:3] == "Bad"), "errors"),
+        **dict.fromkeys(("Harmful", "NoOutliers", "TestregError", "UnsupportedModel"), "errors"),
+        "RegisterPlan": "plan",
+        "load": "modeling_testreg",
+    },
+)

@@ -1,0 +1,107 @@
+"""Real pretrained weights on real photos, through the same invariants as the tiny random models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from torch import Tensor, nn
+from zoo import tensors
+
+from testreg import RegisterPlan, active, patch
+from testreg.runtime.families import find_tower
+
+CASES = {
+    "vit-tiny-augreg": (hf.ViTForImageClassification, 7, (224, 224)),
+    "deit-tiny": (hf.DeiTForImageClassification, 7, (224, 224)),
+    "dinov2-small-depth": (hf.Dinov2Model, 8, (518, 518)),
+    "dinov2-small-depth, not square": (hf.Dinov2Model, 8, (266, 518)),
+}
+
+
+def photos(assets: Path, size: tuple[int, int], count: int = 2) -> dict[str, Tensor]:
+    files = sorted((assets / "images" / "coco_cc" / "images").iterdir())[:count]
+    pixels = [
+        np.array(Image.open(file).convert("RGB").resize(size[::-1]), dtype=np.float32) / 127.5 - 1 for file in files
+    ]
+    return {"pixel_values": torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2)}
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor], **more) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return tensors(model(**inputs, output_hidden_states=True, **more))
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[path], right[path]) for path in left)
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        ("vit-tiny-augreg", "dynamic"),
+        ("vit-tiny-augreg", "constant"),
+        ("deit-tiny", "dynamic"),
+        ("dinov2-small-depth", "constant"),
+        ("dinov2-small-depth, not square", "dynamic"),
+    ],
+)
+def test_real_weights(case, form, assets):
+    kind, block, size = CASES[case]
+    model = kind.from_pretrained(assets / "checkpoints" / case.split(",")[0], dtype=torch.float32).eval()
+    inputs, channels = photos(assets, size), find_tower(model).channels
+    state = torch.randn(3, channels, generator=torch.Generator().manual_seed(0))
+    neurons = {block - 1: (59, 189), block: (417,)}
+    plan = RegisterPlan(neurons, 3) if form == "dynamic" else RegisterPlan(neurons, 3, block + 1, 20 * state)
+
+    plain = run(model, inputs)
+    with patch(model, plan):
+        patched = run(model, inputs)
+        twin = copy.deepcopy(model)
+        alone = run(model, {"pixel_values": inputs["pixel_values"][:1]})
+        half = run(model.bfloat16(), {"pixel_values": inputs["pixel_values"][:1].bfloat16()})
+        model.float()
+    assert {path: t.shape for path, t in patched.items()} == {path: t.shape for path, t in plain.items()}
+    assert all(tensor.isfinite().all() for tensor in patched.values())
+    assert not same(plain, patched)
+    for path, tensor in alone.items():
+        torch.testing.assert_close(tensor, patched[path][:1], rtol=1e-4, atol=1e-3)
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert same(run(twin, inputs), patched)
+    active(twin).remove()
+    assert same(run(twin, inputs), plain)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_registers_without_neurons_change_little_and_removal_nothing(case, assets):
+    kind, _, size = CASES[case]
+    model = kind.from_pretrained(assets / "checkpoints" / case.split(",")[0], dtype=torch.float32).eval()
+    inputs = photos(assets, size, 1)
+    plain = run(model, inputs)
+    last = "logits" if "logits" in plain else "pooler_output"
+    with patch(model, RegisterPlan({}, registers=1)):
+        inert = run(model, inputs)
+    assert torch.cosine_similarity(inert[last], plain[last]).min() > 0.95
+    assert not same(inert, plain)
+    assert same(run(model, inputs), plain)
+
+
+def test_the_known_neuron_of_vit_tiny_writes_its_outliers(assets):
+    """Measured: (7, 417) writes outliers of 25 times the usual norm; moved into registers they are gone."""
+    model = hf.ViTForImageClassification.from_pretrained(assets / "checkpoints" / "vit-tiny-augreg").eval()
+    inputs = photos(assets, (224, 224), 8)
+    threshold = 100.0
+
+    def largest() -> list[float]:
+        states = [tensor for path, tensor in run(model, inputs).items() if "hidden_states" in path]
+        return [state[:, 1:].norm(dim=-1).max().item() for state in states[:-1]]
+
+    before = largest()
+    assert max(before[:7]) < threshold < max(before[8:])
+    with patch(model, RegisterPlan({6: (59, 189), 7: (417,)}, registers=3)):
+        assert max(largest()) < threshold
