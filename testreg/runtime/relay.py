@@ -71,6 +71,7 @@ class Relay:
         self.record: Record | None = None
         self.told = False
         self._local = threading.local()
+        self._local.here = Here()  # there before the first pass, which may be a compiled one
 
     @property
     def here(self) -> Here:
