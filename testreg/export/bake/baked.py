@@ -18,6 +18,7 @@ from ...checkpoints.atomic import replacing
 from ...checkpoints.card import metadata
 from ...checkpoints.original import load_base
 from ...checkpoints.saving import free, source_files
+from ...finding.as_tokens import as_tokens
 from ...images.streaming import processor_for, stream
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
@@ -150,7 +151,8 @@ def bake(
     Args:
         model: a ViT, DeiT, CLIP, SigLIP or DINOv2 of transformers, alone or under a head, or a VisionTransformer or Eva
             of timm, as `timm.create_model` made it. A patch on it is left out.
-        plan: dynamic or constant. Where registers fire register neurons themselves, their mean state after each such
+        plan: of any form; slots hold tokens, so one of the attention form is baked as what it stands for, tokens with
+            the outliers' mean state. Where registers fire register neurons themselves, their mean state after each such
             block is baked, which for dynamic ones takes the place of what the image says.
         images: at least 8 different ones, unlabelled; see `testreg.images.stream`. Every other one is held out, and the
             first 32 and 64 of the two halves are used.
@@ -180,6 +182,7 @@ def bake(
     original = copy.deepcopy(model).eval().to("cpu", torch.float32)
     while (acting := active(original)) is not None:
         acting.remove()
+    plan = as_tokens(original, plan, calibration)
     states = trajectory(original, plan, calibration)
     baked = copy.deepcopy(original)
     registers = fit(baked, plan, states, calibration)
