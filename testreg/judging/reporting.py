@@ -29,7 +29,7 @@ from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
 from . import charts
 from .pictures import View, as_photo, clearest_block, views
-from .tasks.base import answer
+from .tasks.base import ask
 
 GALLERY = 8  # photos that are shown
 BINS_PER_DOUBLING = 4
@@ -150,7 +150,7 @@ def _look(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Side:
     answers: list[Tensor] = []
     for inputs in batches:
         seen += views(model, inputs)
-        answers.append(answer(model, inputs)[1])
+        answers.append(ask(model, inputs)[1])
         if len(features) < GALLERY:
             with observe(model, states=[last]) as state:
                 run(model, inputs)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...finding.answers import answer
 from ...finding.observe import run
 from ...images import labels
 from ...images.labels import Sample
@@ -81,8 +82,8 @@ class Task(ABC):
         return {}
 
 
-def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-    """What the model says of each image as a whole, `(batch, channels)`, and what that is.
+def ask(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """What the model says of each image as a whole, `(batch, channels)` on the CPU, and what that is.
 
     Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state.
     """
@@ -92,12 +93,12 @@ def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]
             project: Any = getattr(model, "visual_projection", None)
             return "image_embeds", (pooled if project is None else project(pooled)).float().cpu()
     output = run(model, inputs, whole=True)
-    if isinstance(output, Tensor) and output.ndim == 2:  # timm, open_clip, torchvision
-        return "logits", output.float().cpu()
-    for kind in ("logits", "image_embeds", "pooler_output"):
-        if isinstance(found := getattr(output, kind, None), Tensor) and found.ndim == 2:
-            return kind, found.float().cpu()
+    kind, said = answer(output, lambda: _mean_state(output))
+    return kind, said.cpu()
+
+
+def _mean_state(output: Any) -> Tensor:
     states = getattr(output, "last_hidden_state", None)
     if states is None:
         states = output.feature_maps[-1].flatten(2).transpose(1, 2)  # a backbone: (batch, channels, rows, columns)
-    return "mean state", states.float().mean(dim=1).cpu()
+    return states.float().mean(dim=1)

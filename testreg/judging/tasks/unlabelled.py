@@ -16,7 +16,7 @@ from ...finding.observe import observe, run
 from ...finding.trial import Threshold
 from ...images.labels import Sample
 from ..arms import USUAL, Arm
-from .base import Measure, Measures, Task, answer
+from .base import Measure, Measures, Task, ask
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Agreements(Task):
     repairable: ClassVar[bool] = False
 
     def look(self, arm: Arm, samples: Iterable[Sample]) -> Tensor:
-        return torch.cat([answer(arm.model, arm.inputs(sample.path, self.side))[1] for sample in samples])
+        return torch.cat([ask(arm.model, arm.inputs(sample.path, self.side))[1] for sample in samples])
 
     def measure(self, seen: Tensor, unpatched: Tensor) -> Measures:
         if seen.shape != unpatched.shape:
