@@ -282,7 +282,9 @@ def test_the_model_is_as_it_was(planted_vit, monkeypatch, fails):
         with torch.no_grad():
             model.layers[4].mlp.fc2.weight[0, 0] = float("nan")
     elif fails:
-        owner, name = {"rank": (testreg.finding.detect._Sums, "means"), "trial": (testreg.finding.scan, "answer")}[fails]
+        owner, name = {"rank": (testreg.finding.detect._Sums, "means"), "trial": (testreg.finding.scan, "answer")}[
+            fails
+        ]
         calls, original = iter(range(100)), getattr(owner, name)
 
         def broken(*args, **kwargs):

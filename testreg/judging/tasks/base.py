@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...finding.answers import answer
 from ...finding.observe import run
+from ...finding.trial import Threshold
 from ...images import labels
 from ...images.labels import Sample
 from ..arms import Arm
@@ -60,11 +61,15 @@ class Task(ABC):
 
     Attributes:
         side: pixels of the shorter side of photos; None = however the processor does it.
+        threshold: from which norm on a patch is an outlier, where outliers are counted or repaired; None = as when the
+            plan was found.
     """
 
     name: ClassVar[str]
     repairable: ClassVar[bool] = True  # whether a repair of what is read from the model means something here
+    counts_outliers: ClassVar[bool] = False
     side: int | None = None
+    threshold: Threshold | None = field(default=None, kw_only=True)
 
     def samples(self, data: str | Path) -> list[Sample]:
         return labels.photos(data)
