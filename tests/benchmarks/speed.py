@@ -449,7 +449,7 @@ def checkpoints(shapes: list[str], seconds: float) -> list[str]:
                 model, unpatched = (Dinov2Model.from_pretrained(before).eval() for _ in range(2))
                 testreg.patch(model, plans(shape, 4)["constant"])
                 arms: dict[str, Arm] = {
-                    "save": lambda model=model, after=after: testreg.save(model, after, force=True),
+                    "save": lambda model=model, after=after: testreg.save(model, after, replace=True),
                     "plain save": lambda unpatched=unpatched, before=before: unpatched.save_pretrained(before),
                     "load": lambda after=after: testreg.load(after),
                     "plain load": lambda before=before: Dinov2Model.from_pretrained(before),
