@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..images.streaming import stream
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from ..runtime.families import Tower, find_tower
 from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
 from .choose import Search, Wanted
-from .count import Counted, count, quiet, total
+from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
-from .parallel import share, shared
 from .scan import Kept, Norms, Sample
+from .survey import Running, Survey, spelled_out
 from .trial import Bench, Score, Threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
 # What the guard allows, on images that no choice was made on:
@@ -31,13 +32,11 @@ MOST_LEFT = 0.05  # of the outliers
 LEAST_COSINE, LEAST_FEATURES = 0.97, 0.95
 
 
+@spelled_out
 def find(
     model: nn.Module,
     images: Any,
     *,
-    processor: Callable[..., Any] | None = None,
-    batch_size: int = 16,
-    workers: int = 0,
     threshold: float | None = None,
     blocks: tuple[int, int] | None = None,
     top_k: int | None = None,
@@ -46,7 +45,7 @@ def find(
     entry: int | None = None,
     recipe: Literal["auto", "paper"] = "auto",
     force: bool = False,
-    progress: bool = False,
+    **running: Unpack[Running],
 ) -> RegisterPlan:
     """Find the register neurons of `model`, and the registers that take their place with the least change.
 
@@ -88,10 +87,9 @@ def find(
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe)
     _check(wanted, tower)
-    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
+    survey = Survey(model, tower, images, **running)
 
-    def decide(parts: list[Counted]) -> RegisterPlan:
-        counted = total(parts, batches)
+    def decide(counted: Counted) -> RegisterPlan:
         norms, sample = counted.norms, counted.sample
         if len(sample) < FEWEST:
             raise BadImages(
@@ -99,12 +97,12 @@ def find(
             )
         found = located(norms, chosen(norms, threshold))
         ranked, tried, held = split(sample, found)
-        with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
+        with tqdm(desc="plans tried", unit="", disable=not survey.progress) as bar:
             search = Search(
-                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=batch_size, step=bar.update
+                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=survey.batch_size, step=bar.update
             )
             plan = search.best()
-        guard = Bench(model, tower, held, found.threshold, found.block, batch_size)
+        guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size)
         score = guard.score(plan)
         if not force:
             _refuse_harm(plan, score, guard.before)
@@ -136,8 +134,7 @@ def find(
         }
         return replace(plan, provenance=provenance)
 
-    with quiet(model):
-        return shared(lambda: count(model, tower, batches, progress), decide)
+    return survey.decide(decide)
 
 
 def located(norms: Norms, threshold: Threshold) -> Artefact:
