@@ -4,9 +4,8 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from docs import pictures
-
 import testreg
+from docs import pictures
 
 ROOMS = {path.parent.name for path in Path(testreg.__file__).parent.glob("*/__init__.py")}
 MOST = 300  # lines of a file
