@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, TypedDict, TypeVar
 
 from torch import nn
 
-from ..images.streaming import stream
+from ..images.streaming import ImageStream, stream
 from ..runtime.families import Tower
 from .count import Counted, count, quiet, total
 from .parallel import share, shared
@@ -47,6 +47,18 @@ class Survey:
     workers: int = 0
     progress: bool = False
 
+    @cached_property
+    def batches(self) -> ImageStream:
+        """This process's share of the images."""
+        return stream(
+            self.images,
+            self.processor,
+            model=self.model,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            share=share(),
+        )
+
     def decide(self, make: Callable[[Counted], Result], *, size: int = SAMPLE) -> Result:
         """What `make` makes of all images, each counted by one process; the first process makes it, and all get it.
 
@@ -56,18 +68,10 @@ class Survey:
         Raises:
             BadImages: there are none.
         """
-        batches = stream(
-            self.images,
-            self.processor,
-            model=self.model,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            share=share(),
-        )
         with quiet(self.model):
             return shared(
-                lambda: count(self.model, self.tower, batches, self.progress, size),
-                lambda parts: make(total(parts, batches)),
+                lambda: count(self.model, self.tower, self.batches, self.progress, size),
+                lambda parts: make(total(parts, self.batches)),
             )
 
 

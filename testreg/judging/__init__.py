@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Table", "evaluate", "report", "show"]
 
-__getattr__ = lazily(
-    __name__, {"Table": "evaluation", "evaluate": "evaluation", "report": "reporting", "show": "pictures"}
-)
+if not TYPE_CHECKING:  # or checkers would take any name
+    __getattr__ = lazily(
+        __name__, {"Table": "evaluation", "evaluate": "evaluation", "report": "reporting", "show": "pictures"}
+    )

@@ -5,7 +5,7 @@ Imports nothing else of the package, and runs no model. Read `outliers` first, w
 """
 
 from .agreement import Agreement, agreement
-from .bootstrap import Interval, bootstrap
+from .bootstrap import Interval, bootstrap, share
 from .classify import knn, top1, zero_shot
 from .lost import located, lost, overlap
 from .outliers import BlockNorms, block_norms, interpolate, ratios
@@ -34,6 +34,7 @@ __all__ = [
     "pixel_ap",
     "ratios",
     "received",
+    "share",
     "sink_rate",
     "sinks",
     "split",

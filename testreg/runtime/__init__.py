@@ -48,12 +48,13 @@ def lazily(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     return find
 
 
-__getattr__ = lazily(
-    __name__,
-    {
-        **dict.fromkeys(("FAMILIES", "Family", "Tower", "find_tower"), "families"),
-        **dict.fromkeys(("Patch", "active", "patch"), "installer"),
-        "RegisterPlan": "plan",
-        "load": "modeling_testreg",
-    },
-)
+if not TYPE_CHECKING:  # or checkers would take any name
+    __getattr__ = lazily(
+        __name__,
+        {
+            **dict.fromkeys(("FAMILIES", "Family", "Tower", "find_tower"), "families"),
+            **dict.fromkeys(("Patch", "active", "patch"), "installer"),
+            "RegisterPlan": "plan",
+            "load": "modeling_testreg",
+        },
+    )
