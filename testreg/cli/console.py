@@ -64,7 +64,7 @@ class Commands(click.Group):
                 raise
             code, words = 1, _unexpected(error)
         if leads:
-            click.echo(wrapped(f"testreg: {words}", sys.stderr), err=True)
+            note(words)
         raise SystemExit(code)
 
 
@@ -110,6 +110,11 @@ def writing(file: Path) -> Iterator[Path]:
         raise TestregError(f"{file} could not be written: {error.strerror or error}.") from error
 
 
+def note(words: str) -> None:
+    """Something that is no result, for whoever watches."""
+    click.echo(wrapped(f"testreg: {words}", sys.stderr), err=True)
+
+
 def wrapped(words: str, stream: TextIO | None = None) -> str:
     """Sentences in lines of the terminal's width; whoever reads a file or a pipe gets them as they are."""
     if not (stream or sys.stdout).isatty():
@@ -136,7 +141,7 @@ def _own_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
         if str(message) not in told:
-            click.echo(wrapped(f"testreg: {message}", sys.stderr), err=True)
+            note(str(message))
         told.add(str(message))
 
     logging.disable(max(before, logging.WARNING))

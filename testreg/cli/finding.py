@@ -10,7 +10,7 @@ import click
 
 from ..runtime.errors import TestregError
 from . import words
-from .console import wrapped, writable, writing
+from .console import note, wrapped, writable, writing
 from .group import (
     IMAGES,
     as_json,
@@ -33,9 +33,12 @@ from .group import (
 @choices
 @click.option("--plan", "plan_file", type=click.Path(), help="Use this plan, as `find --out` wrote it.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the patched checkpoint.")
-@click.option("--force", is_flag=True, help="Replace the checkpoint in --out; save even if the guard refuses.")
+@click.option("--replace", is_flag=True, help="Replace the checkpoint that is there as --out.")
+@click.option("--force", is_flag=True, help="Take another model's plan; save even if the guard refuses.")
 @as_json
-def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bool, **given: Any) -> None:
+def patch(
+    model: str, out: Path, plan_file: str | None, replace: bool, force: bool, as_json: bool, **given: Any
+) -> None:
     """Find the register neurons of MODEL, verify the patch on held-out photos, and save the patched model.
 
     \b
@@ -43,8 +46,11 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 
     Nothing needs to be set: what no option fixes is found.
     """
+    taken = out.is_dir() and any(out.iterdir())
     loaded, plan = load_both(model, plan_file, given, patched=False, check=not force)
-    _, told = patch_and_save(loaded, plan, out, given, force=force)
+    _, told = patch_and_save(loaded, plan, out, given, replace=replace or force, force=force)
+    if taken and not replace:
+        note(f"--force has replaced what {out} held, as in version 0.1; the option for that alone is --replace.")
     if as_json:
         return print_json(told)
     say(words.patched(told))
@@ -121,7 +127,7 @@ def inspect(
 
 
 def patch_and_save(
-    model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force: bool
+    model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, replace: bool, force: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """The main job: find, verify, save. The plan, and what there is to tell."""
     from .. import inspect, save
@@ -130,12 +136,12 @@ def patch_and_save(
     from ..finding.detect import threshold_of
     from ..finding.parallel import leads
 
-    free(out, model, force)
+    free(out, model, replace)
     plan = plan or _find(model, given, force=force)
     with install(model, plan):
         after = inspect(model, given["images"], threshold=threshold_of(plan), **running_with(given))
         if leads():
-            save(model, out, force=force)
+            save(model, out, replace=replace)
     return plan, {"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()}
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
+from ..runtime import __version__
 from ..runtime.errors import TestregError
 from .console import Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="testreg")
+@click.version_option(__version__, prog_name="testreg")
 def main(debug: bool) -> None:
     """Test-time registers for pretrained Vision Transformers, without training.
 

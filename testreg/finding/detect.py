@@ -222,10 +222,8 @@ def rank(
             return hook
 
         handles = [tower.downs[index].register_forward_pre_hook(activations(index)) for index in blocks]
-        handles += [
-            tower.attentions[index].register_forward_pre_hook(into_attention(index), with_kwargs=True)
-            for index in given
-        ]
+        for index in given:
+            handles.append(tower.attentions[index].register_forward_pre_hook(into_attention(index), with_kwargs=True))
         try:
             with outputs(tower, read), suppress(Enough):
                 run(model, stack(batch))

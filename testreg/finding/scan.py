@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..images.streaming import Batch
 from ..runtime.errors import TestregError
 from ..runtime.families import Tower
+from .answers import answer
 from .observe import run
 from .ondisk import OnDisk
 
@@ -209,28 +210,14 @@ def look(model: nn.Module, tower: Tower, inputs: Mapping[str, Tensor]) -> Look:
             f"block {int(broken.nonzero()[0])} gives NaN or infinity: the weights are broken, or {last[0].dtype} is "
             f"too narrow for this model; load it with dtype=torch.float32."
         )
-    return Look(_unpadded(stacked, inputs), summary(output, last[0], tower), _some(last[0][:, tower.prefix :]))
+    tokens = last[0]
+    _, said = answer(output, lambda: tokens[:, 0] if tower.prefix else tokens.mean(1))
+    return Look(_unpadded(stacked, inputs), said, _some(tokens[:, tower.prefix :]))
 
 
 def patch_norms(tokens: Tensor, tower: Tower) -> Tensor:
     """L2 norms `(images, patches)` of the patches among tokens `(images, tokens, channels)`, in float32."""
     return torch.linalg.vector_norm(tokens[:, tower.prefix :], dim=-1, dtype=torch.float32)
-
-
-def summary(output: Any, tokens: Tensor, tower: Tower) -> Tensor:
-    """What a model says of each image, `(images, channels)`: its logits, else its pooled output, else what is there.
-
-    Args:
-        tokens: the last block's output `(images, tokens, channels)`, whose class token, or mean patch, is the last
-            resort.
-    """
-    for name in ("logits", "image_embeds", "pooler_output"):
-        found = getattr(output, name, None)
-        if isinstance(found, Tensor) and found.ndim == 2:
-            return found.float()
-    if isinstance(output, Tensor) and output.ndim == 2:  # timm's models give logits as they are
-        return output.float()
-    return (tokens[:, 0] if tower.prefix else tokens.mean(1)).float()
 
 
 @contextmanager

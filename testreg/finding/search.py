@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..images.streaming import stream
 from ..metrics import share as share_of
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from ..runtime.families import Tower, find_tower
@@ -20,12 +19,15 @@ from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
 from .choose import Search, Wanted
-from .count import Counted, count, quiet, total
+from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
-from .parallel import share, shared
 from .scan import TRIED, Kept, Norms, Sample
 from .sizes import Sizes
+from .survey import Running, Survey, spelled_out
 from .trial import Bench, Score, Threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
 # What the guard allows, on images that no choice was made on:
@@ -33,13 +35,11 @@ MOST_LEFT = 0.05  # of the outliers
 LEAST_COSINE, LEAST_FEATURES = 0.97, 0.95
 
 
+@spelled_out
 def find(
     model: nn.Module,
     images: Any,
     *,
-    processor: Callable[..., Any] | None = None,
-    batch_size: int = 16,
-    workers: int = 0,
     threshold: float | None = None,
     blocks: tuple[int, int] | None = None,
     top_k: int | None = None,
@@ -49,7 +49,7 @@ def find(
     sizes: Sequence[int] | None = None,
     recipe: Literal["auto", "paper"] = "auto",
     force: bool = False,
-    progress: bool = False,
+    **running: Unpack[Running],
 ) -> RegisterPlan:
     """Find the register neurons of `model`, and the registers that take their place with the least change.
 
@@ -93,10 +93,9 @@ def find(
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe, sizes)
     _check(wanted, tower)
-    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
+    survey = Survey(model, tower, images, **running)
 
-    def decide(parts: list[Counted]) -> RegisterPlan:
-        counted = total(parts, batches)
+    def decide(counted: Counted) -> RegisterPlan:
         norms, sample = counted.norms, counted.sample
         if len(sample) < FEWEST:
             raise BadImages(
@@ -104,15 +103,15 @@ def find(
             )
         found = located(norms, chosen(norms, threshold))
         ranked, tried, held = split(sample, found)
-        with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
+        with tqdm(desc="plans tried", unit="", disable=not survey.progress) as bar:
             search = Search(
-                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=batch_size, step=bar.update
+                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=survey.batch_size, step=bar.update
             )
             plan = search.best()
-            others = Sizes(model, tower, found, batches, [*tried, *ranked], held, batch_size, bar.update)
+            others = Sizes(model, tower, found, survey.batches, [*tried, *ranked], held, survey.batch_size, bar.update)
             fixed = registers is not None or recipe == "paper"
             plan, measured = others.fitted(plan, search.bench, () if fixed and sizes is None else sizes)
-        guard = Bench(model, tower, held, found.threshold, found.block, batch_size)
+        guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size)
         score = guard.score(plan)
         if not force:
             _refuse_harm(plan, score, guard.before)
@@ -145,8 +144,7 @@ def find(
         }
         return replace(plan, provenance=provenance)
 
-    with quiet(model):
-        return shared(lambda: count(model, tower, batches, progress), decide)
+    return survey.decide(decide)
 
 
 def located(norms: Norms, threshold: Threshold) -> Artefact:

@@ -15,7 +15,8 @@ from torch.nn.functional import interpolate
 
 from ..images import Batch, ImageStream, stream
 from ..images.resized import resized
-from ..runtime import RegisterPlan, TestregError, Tower, patch
+from ..runtime import RegisterPlan, Tower, patch
+from ..runtime.errors import TestregError
 from ..runtime.law import MOST_PATCHES, Law
 from .choose import GONE, as_good, climb, sizes_up_to
 from .detect import Artefact, rank

@@ -22,7 +22,7 @@ from ..runtime.errors import BadImages, TestregError
 from ..runtime.installer import active
 from ..runtime.plan import RegisterPlan
 from .arms import PATCHED, UNPATCHED, USUAL, arms
-from .tasks import TASKS, Measure, Outliers, Task
+from .tasks import TASKS, Measure, Task
 
 TABLES = (".csv", ".json")  # how the names of tables end
 
@@ -146,7 +146,7 @@ def evaluate(
     if not samples:
         raise BadImages(f"there is no photo in {data}, or the limit of {limit} leaves none.")
     threshold, whose = _threshold(task, plan)
-    if isinstance(task, Outliers):
+    if task.counts_outliers:
         task = replace(task, threshold=threshold)
     compared = arms(model, plan, processor=processor, against=against, baselines=baselines, threshold=threshold)
     if not task.repairable:
@@ -166,13 +166,13 @@ def evaluate(
     rows += [_row(task, "floor", name, measure, None) for name, measure in floors.items()]
     provenance = {
         "task": task.name,
-        "settings": {key: _plain(value) for key, value in vars(task).items()},
+        "settings": {key: _plain(value) for key, value in vars(task).items() if key != "threshold" or value},
         "data": Path(data).name,
         "images": len(samples),
         "plan": None if plan is None else str(plan),
         "threshold": None,
     }
-    if isinstance(task, Outliers) or any(arm.repair for arm in compared):
+    if task.counts_outliers or any(arm.repair for arm in compared):
         provenance["threshold"] = {"outlier": str(threshold), "from": whose}
     return Table(tuple(rows), provenance)
 
@@ -195,7 +195,7 @@ def _task(task: str | Task) -> Task:
 
 def _threshold(task: Task, plan: RegisterPlan | None) -> tuple[Threshold, str]:
     """From which norm on a patch is an outlier, and who says so."""
-    if isinstance(task, Outliers) and task.threshold:
+    if task.threshold:
         return task.threshold, "task"
     if plan is not None and (found := threshold_of(plan)):
         return found, "plan"

@@ -18,8 +18,10 @@ from matplotlib.colors import LogNorm
 from PIL import Image
 from torch import Tensor, nn
 
+from ..finding.detect import threshold_of
 from ..finding.inspection import Inspection, inspect
 from ..finding.observe import grid, observe, run, unpatched
+from ..finding.trial import Threshold
 from ..images.streaming import stream
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
@@ -29,7 +31,7 @@ from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
 from . import charts
 from .pictures import View, as_photo, clearest_block, views
-from .tasks.base import answer
+from .tasks.base import ask
 
 GALLERY = 8  # photos that are shown
 BINS_PER_DOUBLING = 4
@@ -58,6 +60,10 @@ class Side:
         """Norms after a block as multiples of their image's median, of all patches of all images `(patches,)`."""
         return torch.cat([ratios(norms[block]) for norms in self.norms])
 
+    def outliers(self, block: int, threshold: Threshold) -> float:
+        """The share of all patches of all images that are outliers after a block, 0..1."""
+        return float(torch.cat([threshold.outliers(norms[block]) for norms in self.norms]).float().mean())
+
 
 def report(
     model: nn.Module,
@@ -74,7 +80,7 @@ def report(
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         images: whatever `testreg.find` takes; photos that the plan was not found on say more.
         plan: the registers; by default those of the patch that acts on the model; with neither, the model is shown as
-            it is.
+            it is. An outlier is what it was when the plan was found.
         title: by default the model's name.
         most: use at most so many images, the first.
 
@@ -94,7 +100,7 @@ def report(
         if left <= 0:
             break
     with unpatched(model):
-        found = inspect(model, batches)
+        found = inspect(model, batches, threshold=threshold_of(plan) if plan else None)
         before = _look(model, batches)
     after = None
     if plan is not None:
@@ -109,7 +115,7 @@ def report(
         "verdict": verdict(found, before, after, plan),
         "numbers": _numbers(found, before, after, block),
         "block": block,
-        "blocks": _blocks(before, after, found.threshold.times),
+        "blocks": _blocks(before, after, found.threshold),
         "norms_chart": Markup(_norms_chart(before, after)),
         "histogram": Markup(_histogram(before, after, block, found.threshold.times)),
         "gallery": _gallery(pictures, before, after, block),
@@ -129,8 +135,7 @@ def verdict(found: Inspection, before: Side, after: Side | None, plan: RegisterP
     """One sentence for someone who reads nothing else."""
     if after is None or plan is None or found.artefact is None:
         return found.verdict
-    times, shown = found.threshold.times, found.artefact.shown
-    share = [float((side.ratios(shown) > times).float().mean()) for side in (before, after)]
+    share = [side.outliers(found.artefact.shown, found.threshold) for side in (before, after)]
     kept = agreement(after.answers, before.answers)
     change = f"outlier patches go from {share[0]:.2%} to {share[1]:.2%}, and the output keeps a cosine of "
     change += f"{float(kept.cosine.mean()):.4f} with what it was"
@@ -150,7 +155,7 @@ def _look(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Side:
     answers: list[Tensor] = []
     for inputs in batches:
         seen += views(model, inputs)
-        answers.append(answer(model, inputs)[1])
+        answers.append(ask(model, inputs)[1])
         if len(features) < GALLERY:
             with observe(model, states=[last]) as state:
                 run(model, inputs)
@@ -164,7 +169,7 @@ def _numbers(found: Inspection, before: Side, after: Side | None, block: int) ->
     """The figures on top: name, before, after."""
 
     def outliers(side: Side) -> str:
-        return f"{float((side.ratios(block) > found.threshold.times).float().mean()):.2%}"
+        return f"{side.outliers(block, found.threshold):.2%}"
 
     def largest(side: Side) -> str:
         return f"{float(side.ratios(block).max()):.1f}×"
@@ -191,9 +196,11 @@ def _numbers(found: Inspection, before: Side, after: Side | None, block: int) ->
     return rows
 
 
-def _blocks(before: Side, after: Side | None, times: float) -> list[dict[str, BlockNorms | None]]:
-    first = block_norms(before.norms, times)
-    second: list[Any] = [None] * len(first) if after is None else block_norms(after.norms, times)
+def _blocks(before: Side, after: Side | None, threshold: Threshold) -> list[dict[str, BlockNorms | None]]:
+    first = block_norms(before.norms, threshold.times, threshold.norm)
+    second: list[Any] = [None] * len(first)
+    if after is not None:
+        second = block_norms(after.norms, threshold.times, threshold.norm)
     return [{"before": one, "after": other} for one, other in zip(first, second, strict=True)]
 
 

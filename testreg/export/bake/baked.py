@@ -34,7 +34,6 @@ CALIBRATION, HELD_OUT = 32, 64  # images that weights are fitted to, and others 
 FEWEST = 8
 OUTLIER = 3.0  # times the median norm: no patch may reach it, except where the run-time patch leaves it too
 ALIKE = 0.99  # cosine with the run-time patch, of patch features and of answers
-REPLACE = "replace=True (--replace)"  # how the user lets go of what the directory holds
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Baked:
 
     def save(self, directory: str | Path, *, replace: bool = False) -> Path:
         """Write a stock checkpoint; see `export_stock`."""
-        target = free(directory, self.model, replace, REPLACE)
+        target = free(directory, self.model, replace)
         try:
             with replacing(target) as build:
                 self._write(build)
@@ -230,7 +229,7 @@ def export_stock(
     plan = plan or (acting.plan if acting else None)
     if plan is None:
         raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan (--plan FILE), or patch it first.")
-    free(out, loaded, replace, REPLACE)  # before minutes of work
+    free(out, loaded, replace)  # before minutes of work
     baked = bake(loaded, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
     baked.save(out, replace=replace)
     return baked
