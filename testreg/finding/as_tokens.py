@@ -1,4 +1,4 @@
-"""A plan whose registers only attention sees, as one whose registers join as tokens, for forms that know those alone."""
+"""An attention plan as one whose registers join as tokens, for forms that know those alone."""
 
 from __future__ import annotations
 
