@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from bakeable_timm import photos, planted
+from commands import SHAPE, noise, run
 from safetensors.torch import save_file
-from test_bake_timm import photos, planted
-from test_cli import SHAPE, noise, run
 
 import testreg
 from testreg import RegisterPlan, UnsupportedModel
