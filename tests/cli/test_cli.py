@@ -573,7 +573,6 @@ def test_help_and_wrong_usage_wait_for_no_library():
     code = """
 import sys
 from click.testing import CliRunner
-from commands import PHOTOS, PROCESSOR, SHAPE, checkpoint, classifier, contents, noise, refused, run
 from testreg.cli import main
 asked = [["--help"], ["--version"], ["patc"], ["find"], *([name, "--help"] for name in main.commands)]
 assert [CliRunner().invoke(main, words).exit_code for words in asked] == [0, 0, 2, 2] + [0] * len(main.commands)
