@@ -547,6 +547,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(model, photos, tmp_path):
     while time.monotonic() < deadline and child.poll() is None:
         if any(str(many) in name for name in _links(reading)):
             break
+        time.sleep(0.001)
     child.send_signal(signal.SIGINT)
     began = time.monotonic()
     out, err = child.communicate(timeout=30)
@@ -667,7 +668,7 @@ def real(assets, count, folder):
 
 
 def test_the_main_job_on_a_real_checkpoint(assets, tmp_path):
-    arguments = ("--images", real(assets, 64, tmp_path / "photos"), "--out", tmp_path / "clean", "--json")
+    arguments = ("--images", real(assets, 32, tmp_path / "photos"), "--out", tmp_path / "clean", "--json")
     values = json.loads(run("patch", assets / "checkpoints/vit-tiny-augreg", *arguments).stdout)
     told = values["plan"]["provenance"]
     assert (told["candidates"][0]["block"], told["candidates"][0]["neuron"]) == (7, 417)
