@@ -22,7 +22,14 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
+def planted():
+    """The demonstration's model and what was planted in it, made here."""
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    """A demonstration, which made its model itself."""
     folder = tmp_path_factory.mktemp("fresh") / "demo"
     return folder, run("--out", folder)
 
@@ -39,11 +46,10 @@ def test_it_says_what_it_is_and_what_comes_next(made):
     assert "testreg patch MODEL --images PHOTOS --out DIRECTORY" in result.stdout
 
 
-def test_the_planted_neurons_are_those_that_are_found(made):
+def test_the_planted_neurons_are_those_that_are_found(made, planted):
     folder, _ = made
-    _, planted = demo_model()
     found = testreg.active(testreg.load(folder / "patched")).plan.neurons
-    assert found == planted.neurons
+    assert found == planted[1].neurons
 
 
 def test_the_saved_model_has_no_outliers_and_the_planted_one_has(made):
@@ -67,8 +73,9 @@ def test_the_picture_is_one(made):
         assert len(set(picture.convert("RGB").resize((50, 50)).get_flattened_data())) > 100
 
 
-def test_again_with_force_only(made):
+def test_again_with_force_only(made, planted, monkeypatch):
     folder, _ = made
+    monkeypatch.setattr("testreg.demo.demonstration.demo_model", lambda: planted)
     again = run("--out", folder)
     assert again.exit_code == 1
     assert re.fullmatch(r"testreg: .* is not empty: .*--out.*--force\.\n", again.stderr)
@@ -94,7 +101,7 @@ def test_without_scikit_image_it_says_what_to_install(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_the_same_seed_gives_the_same_model_and_its_head_knows_the_photos():
-    (one, _), (two, _) = demo_model(), demo_model()
+def test_the_same_seed_gives_the_same_model_and_its_head_knows_the_photos(made, planted):
+    one, two = planted[0], ViTForImageClassification.from_pretrained(made[0] / "planted-vit")
     assert all(torch.equal(left, right) for left, right in zip(one.parameters(), two.parameters(), strict=True))
     assert list(one.config.id2label.values()) == list(PHOTOS)
