@@ -28,7 +28,7 @@ MODELS = {
 }
 
 
-def photos(count=64, size=SIZE):
+def photos(count=32, size=SIZE):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 

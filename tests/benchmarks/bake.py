@@ -98,7 +98,7 @@ def planted() -> None:
 
     print("| planted | largest patch norm / median, unpatched | baked | patch cosine with the run-time patch |")
     print("|---|---|---|---|")
-    cases = [(name, bakeable.planted, bakeable.photos()) for name in bakeable.MODELS]
+    cases = [(name, bakeable.planted, bakeable.photos(64)) for name in bakeable.MODELS]
     cases += [(f"timm {name}", bakeable_timm.planted, bakeable_timm.photos(64)[0]) for name in bakeable_timm.MODELS]
     for name, make, images in cases:
         model, plan = make(name.removeprefix("timm "))

@@ -132,7 +132,7 @@ def test_saved_ones_come_back_bit_for_bit_and_never_without_their_registers(ever
 
 def test_stock_weights_load_in_timm_and_in_transformers(specimen, tmp_path):
     folder, model, plan = specimen
-    export_stock(load_base(folder), photos(64)[0], tmp_path / "out", plan=plan)
+    export_stock(load_base(folder), photos(32)[0], tmp_path / "out", plan=plan)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert tuple(loaded.pretrained_cfg["mean"]) == tuple(MEAN)
     assert loaded.pretrained_cfg["crop_pct"] == 0.8

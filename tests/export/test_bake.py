@@ -137,7 +137,7 @@ class TestBaked:
         assert all(largest(seen.states[block][:, tower.prefix :]) < 3 for block in written)
         same = cosine_similarity(seen.states[BLOCKS - 1], patched[BLOCKS - 1], dim=-1)[:, tower.prefix :].mean()
         assert same >= 0.999
-        assert done.drift.images == 32
+        assert done.drift.images == 16
         assert done.drift.patches == pytest.approx(float(same), abs=5e-4)
         assert done.drift.outlier < 3 < 10 < done.drift.outlier_unpatched
 
@@ -196,7 +196,7 @@ class TestBaked:
         assert list(loaded.pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["pretrained_cfg"]["interpolation"] == "bilinear"
-        assert config["testreg"]["drift"]["images"] == 32
+        assert config["testreg"]["drift"]["images"] == 16
 
     def test_two_kinds_of_register(self):
         model, plan = planted("vit")
@@ -315,7 +315,7 @@ class TestRefusals:
         model, plan = planted("vit")
         wrong = {block: -state for block, state in fit.trajectory(model, plan, []).items()}
         monkeypatch.setattr(baked, "trajectory", lambda *args: wrong)
-        with pytest.raises(Harmful, match=r"cosine with the run-time patch is below 0\.99.*on 32 other images"):
+        with pytest.raises(Harmful, match=r"cosine with the run-time patch is below 0\.99.*on 16 other images"):
             bake(model, plan, photos())
         assert bake(model, plan, photos(), force=True).drift.patches < 0.99
 
@@ -364,8 +364,8 @@ def test_the_real_one_in_a_process_without_testreg(assets, tmp_path):
     model = hf.AutoModelForImageClassification.from_pretrained(checkpoint).eval()
     processor = hf.AutoImageProcessor.from_pretrained(checkpoint)
     neurons = {6: (59, 189), 7: (417,)}  # method.md, section 2
-    calibration = [photos / "images" / name for name in splits["calib"]][:64]
-    pixels = read([photos / "images" / name for name in splits["disc_eval"][:60]], processor)
+    calibration = [photos / "images" / name for name in splits["calib"]][:40]
+    pixels = read([photos / "images" / name for name in splits["disc_eval"][:50]], processor)
     fired = {}
     tower = find_tower(model)
     hooks = [

@@ -20,7 +20,7 @@ timm = pytest.importorskip("timm")
 @pytest.mark.parametrize("name", MODELS)
 def test_no_outliers_and_the_features_of_the_run_time_patch(name, tmp_path):
     model, plan = planted(name)
-    done = export_stock(model, photos(64)[0], tmp_path / "out", plan=plan)
+    done = export_stock(model, photos(32)[0], tmp_path / "out", plan=plan)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     tower, slots = find_tower(model), find_tower(loaded)
     assert type(loaded) is type(model)
@@ -81,7 +81,7 @@ def test_the_pull_of_a_register_is_what_attention_does(name):
 @pytest.mark.parametrize("name", ["eva-separate", "vit"])
 def test_dynamic_registers_and_half_precision(name):
     model, plan = planted(name, "dynamic")
-    done = bake(model.half(), plan, photos(64)[0])
+    done = bake(model.half(), plan, photos(32)[0])
     assert done.drift.outlier < 3 < 10 < done.drift.outlier_unpatched
     assert done.drift.patches >= 0.999
     built = done.stock()
@@ -91,7 +91,7 @@ def test_dynamic_registers_and_half_precision(name):
 def test_preprocessing_goes_along(tmp_path):
     model, plan = planted("vit")
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "crop_pct": 0.8}
-    done = export_stock(model, photos(64)[0], tmp_path / "out", plan=plan)
+    done = export_stock(model, photos(32)[0], tmp_path / "out", plan=plan)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert tuple(loaded.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
     assert loaded.pretrained_cfg["crop_pct"] == 0.8
@@ -142,7 +142,7 @@ def test_under_the_wrapper_of_transformers(tmp_path):
     tower = find_tower(model)
     state = 20 * torch.randn(64, generator=torch.Generator().manual_seed(6))
     plan = RegisterPlan({BLOCK: (NEURON,)}, 1, BLOCK + 1, state)
-    export_stock(model, photos(64)[0], tmp_path / "out", plan=plan, force=True)
+    export_stock(model, photos(32)[0], tmp_path / "out", plan=plan, force=True)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert loaded.reg_token.shape == (1, 1, 64)
     assert torch.equal(loaded.cls_token, tower.module.cls_token)
