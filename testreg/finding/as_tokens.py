@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..runtime import BadPlan, RegisterPlan, find_tower
+from ..runtime import RegisterPlan, find_tower
+from ..runtime.errors import BadPlan
 from .detect import threshold_of
 from .observe import observe, run, unpatched
 from .scan import patch_norms
