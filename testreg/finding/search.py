@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..images.streaming import stream
+from ..images.takes import pixels
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from ..runtime.families import Tower, find_tower
 from ..runtime.fingerprint import describe
@@ -35,7 +36,7 @@ def find(
     model: nn.Module,
     images: Any,
     *,
-    processor: Callable[..., Any] | None = None,
+    processor: Callable[..., Any] | str | None = None,
     batch_size: int = 16,
     workers: int = 0,
     threshold: float | None = None,
@@ -59,7 +60,8 @@ def find(
     Args:
         model: a Vision Transformer, or a model that holds one, unpatched.
         images: see `testreg.images.stream`; at least 6 different ones.
-        processor: by default the one that lies with the checkpoint that the model was loaded from.
+        processor: by default the one that lies with the checkpoint that the model was loaded from; another one, or
+            its name, or the numbers of one, as in "224:0.5:0.5" (see `testreg.images.processors.named`).
         batch_size: images per forward pass.
         workers: processes that decode images.
         threshold: L2 norm in the residual stream from which on a patch is an outlier; by default, the distribution of
@@ -112,7 +114,7 @@ def find(
             "base": describe(model),
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-            "resolution": _resolution(next(iter(sample)).inputs["pixel_values"]),
+            "resolution": _resolution(pixels(next(iter(sample)).inputs)),
             "artefact": found.to_dict(),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
@@ -178,9 +180,9 @@ def split(sample: Sample, found: Artefact) -> tuple[list[Kept], list[Kept], list
     return ranked, tried, held
 
 
-def _resolution(pixels: Tensor) -> list[int] | None:
-    """Height and width of the first image; None where images come as patches, `(images, patches, values)`."""
-    return list(pixels.shape[-2:]) if pixels.ndim > 3 else None
+def _resolution(image: Tensor) -> list[int] | None:
+    """Height and width of an image or a clip; None where images come as patches, `(images, patches, values)`."""
+    return list(image.shape[-2:]) if image.ndim > 3 else None
 
 
 def _check(wanted: Wanted, tower: Tower) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..finding.inspection import Inspection, inspect
 from ..finding.observe import grid, observe, run, unpatched
 from ..images.streaming import stream
+from ..images.takes import pixels
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
 from ..runtime.errors import BadPlan
@@ -93,6 +94,7 @@ def report(
         left -= len(batch)
         if left <= 0:
             break
+    source.warn()
     with unpatched(model):
         found = inspect(model, batches)
         before = _look(model, batches)
@@ -100,7 +102,7 @@ def report(
     if plan is not None:
         with patch(model, plan):
             after = _look(model, batches)
-    pictures = [as_photo(pixels, source.processor) for batch in batches for pixels in batch["pixel_values"]][:GALLERY]
+    pictures = [as_photo(image, source.processor) for batch in batches for image in pixels(batch)][:GALLERY]
     block = clearest_block(before.views)
     named = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     environment = Environment(loader=PackageLoader("testreg.judging"), autoescape=True, undefined=StrictUndefined)
@@ -154,7 +156,7 @@ def _look(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Side:
         if len(features) < GALLERY:
             with observe(model, states=[last]) as state:
                 run(model, inputs)
-            height, width = inputs["pixel_values"].shape[-2:]
+            height, width = pixels(inputs).shape[-2:]
             patches = state.states[last][:, tower.prefix :].float().cpu()
             features += list(patches.unflatten(1, grid(height, width, patches.shape[1])))
     return Side(seen, features[:GALLERY], torch.cat(answers))

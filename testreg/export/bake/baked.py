@@ -18,7 +18,9 @@ from ...checkpoints.atomic import replacing
 from ...checkpoints.card import metadata
 from ...checkpoints.original import load_base
 from ...checkpoints.saving import free, source_files
-from ...images.streaming import processor_for, stream
+from ...images.processors import chosen
+from ...images.streaming import stream
+from ...images.takes import taken_by
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
 from ...runtime.families import find_tower
@@ -190,7 +192,7 @@ def bake(
     if not force:
         _judge(drift)
     dtype = next(model.parameters()).dtype
-    return Baked(baked.to(dtype), registers.to(dtype), plan, library, drift, processor or _processor(model))
+    return Baked(baked.to(dtype), registers.to(dtype), plan, library, drift, _processor(model, processor))
 
 
 def export_stock(
@@ -238,7 +240,8 @@ def _halves(model: nn.Module, images: Any, processor: Any, batch_size: int) -> t
     seen: set[str] = set()
     halves: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] = ([], [])
     counts = [0, 0]
-    for batch in stream(images, processor, model=model, batch_size=batch_size):
+    batches = stream(images, processor, model=model, batch_size=batch_size)
+    for batch in batches:
         rows: tuple[list[int], list[int]] = ([], [])
         for row, digest in enumerate(batch.digests):
             half = len(seen) % 2
@@ -251,6 +254,7 @@ def _halves(model: nn.Module, images: Any, processor: Any, batch_size: int) -> t
                 halves[half].append({name: value[rows[half]] for name, value in batch.inputs.items()})
         if counts == [CALIBRATION, HELD_OUT]:
             break
+    batches.warn()
     if sum(counts) < FEWEST:
         raise BadImages(
             f"{sum(counts)} different images are too few to fit weights and to check them: give {FEWEST} or more."
@@ -271,8 +275,8 @@ def _judge(drift: Drift) -> None:
         )
 
 
-def _processor(model: nn.Module) -> Any:
+def _processor(model: nn.Module, given: Any) -> Any:
     try:
-        return processor_for(model)
+        return chosen(given, model, taken_by(model))
     except BadImages:
         return None  # a stock checkpoint without one is as complete as the checkpoint that it comes from
