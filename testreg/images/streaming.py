@@ -59,9 +59,10 @@ def stream(
             (height, width, channels) or, where only the first axis can be channels, (channels, height, width), of bool,
             uint8, uint16 or floats in 0..1, or several of one size in one array; a uint8 tensor of such shapes; a
             floating-point tensor of processed pixel values (channels, height, width) or (images, channels, height,
-            width); a dict of processed inputs with an axis of images; a row of a data set with one image; or an iterable of any of
-            these, nested or not (list, generator, data set, DataLoader). Numbers and 0-d or 1-d arrays beside the
-            images are labels and passed over. For a model of videos, whatever holds clips: see `testreg.images.clips`.
+            width); a dict of processed inputs with an axis of images; a row of a data set with one image; or an
+            iterable of any of these, nested or not (list, generator, data set, DataLoader). Numbers and 0-d or 1-d
+            arrays beside the images are labels and passed over. For a model of videos, whatever holds clips: see
+            `testreg.images.clips`.
         processor: turns an image into inputs: an image processor of transformers, a full Processor that has one, a
             function from a PIL image to a tensor (channels, height, width), such as timm's and open_clip's transforms,
             or the name of one: see `testreg.images.processors.named`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def clearest_block(seen: Iterable[View]) -> int:
 
 def show(
     model: nn.Module,
-    plan: RegisterPlan | None,
+    plan: RegisterPlan | str | Path | None,
     images: Any,
     *,
     processor: Any = None,
@@ -85,7 +86,7 @@ def show(
 
     Args:
         model: a Vision Transformer, or a model that holds one; as it was when the picture is done.
-        plan: the registers to draw; None = those of the patch that acts on the model.
+        plan: the registers to draw, or the path of their file; None = those of the patch that acts on the model.
         images: whatever `testreg.find` takes.
         processor: the image processor; by default the one that lies with the model's checkpoint.
         title: the line on top; by default the model's name.
@@ -106,6 +107,7 @@ def show(
                 "the command line)."
             )
         plan = current.plan
+    plan = RegisterPlan.of(plan)
     photos: list[Tensor] = []
     before: list[View] = []
     after: list[View] = []

@@ -64,7 +64,7 @@ def report(
     model: nn.Module,
     images: Any,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     processor: Any = None,
     title: str | None = None,
     most: int = 64,
@@ -74,7 +74,7 @@ def report(
     Args:
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         images: whatever `testreg.find` takes; photos that the plan was not found on say more.
-        plan: the registers; by default those of the patch that acts on the model; with neither, the model is shown as
+        plan: the registers, or the path of their file; by default those of the patch that acts on the model; with neither, the model is shown as
             it is.
         title: by default the model's name.
         most: use at most so many images, the first.
@@ -84,8 +84,8 @@ def report(
         BadPlan: the plan does not fit the model.
         UnsupportedModel: no family describes the model, or it gives no attention maps.
     """
-    if plan is None and (current := active(model)):
-        plan = current.plan
+    current = active(model)
+    plan = RegisterPlan.of(plan) if plan is not None else current.plan if current else None
     source = stream(images, processor, model=model)
     batches: list[Mapping[str, Tensor]] = []
     left = most
@@ -275,4 +275,4 @@ def _url(image: Image.Image, kind: str, **options: Any) -> str:
 
 def save(page: str, path: str | Path) -> None:
     """Write a page."""
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).expanduser().write_text(page, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -17,12 +18,12 @@ from .plan import RegisterPlan
 PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
 
 
-def patch(model: nn.Module, found: RegisterPlan) -> Patch:
+def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
     """Give `model` the registers of `found`, in place, until the patch is removed.
 
     Args:
         model: a Vision Transformer, or a model that holds one; training mode, device and dtype may change afterwards.
-        found: the plan to apply.
+        found: the plan to apply, or the path of its file.
 
     Returns:
         The patch: a context manager with `.remove()`, which restores every output bit for bit. Of several patches on
@@ -30,9 +31,9 @@ def patch(model: nn.Module, found: RegisterPlan) -> Patch:
 
     Raises:
         UnsupportedModel: no family describes the model.
-        BadPlan: the plan does not fit the model.
+        BadPlan: the plan does not fit the model, or is none.
     """
-    return Patch(model, found)
+    return Patch(model, RegisterPlan.of(found))
 
 
 def active(model: nn.Module) -> Patch | None:

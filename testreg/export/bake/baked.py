@@ -139,7 +139,7 @@ class Baked:
 
 def bake(
     model: nn.Module,
-    plan: RegisterPlan,
+    plan: RegisterPlan | str | Path,
     images: Any,
     *,
     processor: Any = None,
@@ -169,6 +169,7 @@ def bake(
         BadImages: there are too few.
         Harmful: patches are still outliers, or the features are not those of the run-time patch; with the numbers.
     """
+    plan = RegisterPlan.of(plan)
     tower = find_tower(model)
     library = stock.library_for(tower, library)
     check(tower, plan)
@@ -200,7 +201,7 @@ def export_stock(
     images: Any,
     out: str | Path,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     processor: Any = None,
     library: str | None = None,
     batch_size: int = 16,
@@ -226,9 +227,9 @@ def export_stock(
     if not isinstance(model, nn.Module):
         loaded = load_base(model) if plan is not None else load(model)
     acting = active(loaded)
-    plan = plan or (acting.plan if acting else None)
-    if plan is None:
+    if plan is None and acting is None:
         raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan (--plan FILE), or patch it first.")
+    plan = acting.plan if plan is None and acting else RegisterPlan.of(plan)
     free(out, loaded, replace, REPLACE)  # before minutes of work
     baked = bake(loaded, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
     baked.save(out, replace=replace)
