@@ -125,8 +125,8 @@ def evaluate(
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         data: a folder of photos, with the labels that the task needs (see `testreg.images.labels`).
         task: a name of `testreg.tasks.TASKS`, with its fixed setting, or a task with settings of its own.
-        plan: the registers to judge, or the path of their file; by default those of the patch that acts on the model; with neither, the model is
-            judged alone.
+        plan: the registers to judge, or the path of their file; by default those of the patch that acts on the model;
+            with neither, the model is judged alone.
         against: other models by name, as they come.
         baselines: also judge an inert zero token, the neurons zeroed without a register, random neurons instead, and
             the outliers interpolated.

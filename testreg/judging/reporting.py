@@ -74,8 +74,8 @@ def report(
     Args:
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         images: whatever `testreg.find` takes; photos that the plan was not found on say more.
-        plan: the registers, or the path of their file; by default those of the patch that acts on the model; with neither, the model is shown as
-            it is.
+        plan: the registers, or the path of their file; by default those of the patch that acts on the model; with
+            neither, the model is shown as it is.
         title: by default the model's name.
         most: use at most so many images, the first.
 
