@@ -82,8 +82,9 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     explanation = words.explanation(told) if explain else ""
     say(words.paragraphs(words.plan(plan.to_dict()), explanation, words.guard(told)))
     if out:
-        images = given["images"]
-        say(f"\nPlan in {out}. Apply it:\n\n    testreg patch {model} --images {images} --plan {out} --out DIRECTORY")
+        more = f"--processor {given['processor']} " if given["processor"] else ""
+        line = f"testreg patch {model} --images {given['images']} {more}--plan {out} --out DIRECTORY"
+        say(f"\nPlan in {out}. Apply it:\n\n    {line}")
 
 
 @main.command(short_help="Has a model the artefact? Patch norms per block.")

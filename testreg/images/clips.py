@@ -83,7 +83,7 @@ class Clips(Source):
             yield from self._processed(value, name)
         elif isinstance(value, Mapping):
             yield from self._clips(_column(value, name), name)
-        elif isinstance(value, Image.Image) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
+        elif isinstance(value, (Image.Image, Tensor, np.ndarray)) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
             self._no_clip(value, name)
         else:
             parts = iter(self._parts(value))
@@ -102,7 +102,7 @@ class Clips(Source):
         for file, named in decode.files(folder):
             if named and holds and file.parent == folder:
                 yield Item(str(file), f"a photo, where {self.takes.model} takes clips")
-                self.hint = f"There are photos, such as {file.name}, and {self.takes.wanted}"
+                self.hint = self.hint or f"There are photos, such as {file.name}, and {self.takes.wanted}"
             elif named:
                 frames.setdefault(file.parent, []).append(file)
             elif file.suffix.lower() in decode.VIDEOS and not file.name.startswith("."):

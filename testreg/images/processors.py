@@ -44,7 +44,8 @@ def chosen(processor: Any, model: Any, takes: Takes) -> Processor:
     """
     if processor is None and model is None:
         raise BadImages("pass processor=NAME, the name of a checkpoint that has one, or one that is loaded.")
-    if takes.channels not in (1, 3) and not callable(processor):
+    any_function = callable(processor) and not hasattr(processor, "model_input_names")
+    if takes.channels not in (1, 3) and not any_function:
         raise BadImages(
             f"{takes.model} takes images of {takes.channels} channels, which no picture has: pass tensors of processed "
             f"pixel values (images, {takes.channels}, height, width), or as processor a function that makes such a "
@@ -212,7 +213,11 @@ def _loaded(name: str, takes: Takes) -> Any:
         except Exception as error:  # whatever a damaged file, an unreachable hub or a missing library raises
             failures.append(error)
     what = "image" if takes.frames is None else "video or image"
-    raise BadImages(f"there is no usable {what} processor with {name!r} ({reason(failures[0])}): {HOW}.") from failures[
+    said = reason(failures[0])
+    if place.is_dir() and not any(place.glob("*processor_config.json")):
+        said = "it has no preprocessor_config.json"
+    how = f"install that; or {HOW}" if isinstance(failures[0], ImportError) else HOW
+    raise BadImages(f"there is no usable {what} processor with {name!r} ({said}): {how}.") from failures[
         0
     ]
 

@@ -79,7 +79,7 @@ class Source:
                 else:
                     self.ignored += 1
                     if file.suffix.lower() in decode.VIDEOS:
-                        self.hint = f"There are videos, such as {file.name}, and {self.takes.wanted}"
+                        self.hint = self.hint or f"There are videos, such as {file.name}, and {self.takes.wanted}"
         elif isinstance(value, (bytes, bytearray)):
             yield Item(name, bytes(value))
         elif is_open(value):
