@@ -83,7 +83,9 @@ class Clips(Source):
             yield from self._processed(value, name)
         elif isinstance(value, Mapping):
             yield from self._clips(_column(value, name), name)
-        elif isinstance(value, (Image.Image, Tensor, np.ndarray)) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
+        elif isinstance(value, (Image.Image, Tensor, np.ndarray)) or not (
+            hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+        ):
             self._no_clip(value, name)
         else:
             parts = iter(self._parts(value))

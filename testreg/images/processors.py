@@ -217,9 +217,7 @@ def _loaded(name: str, takes: Takes) -> Any:
     if place.is_dir() and not any(place.glob("*processor_config.json")):
         said = "it has no preprocessor_config.json"
     how = f"install that; or {HOW}" if isinstance(failures[0], ImportError) else HOW
-    raise BadImages(f"there is no usable {what} processor with {name!r} ({said}): {how}.") from failures[
-        0
-    ]
+    raise BadImages(f"there is no usable {what} processor with {name!r} ({said}): {how}.") from failures[0]
 
 
 def _values(text: str, channels: int) -> list[float]:

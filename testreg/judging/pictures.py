@@ -113,11 +113,11 @@ def show(
     after: list[View] = []
     source = stream(images, processor, model=model, batch_size=MOST)
     for inputs in _first(source):
-        photos.extend(as_photo(image, source.processor) for image in pixels(inputs))
         with unpatched(model):
             before.extend(views(model, inputs))
         with patch(model, plan):
             after.extend(views(model, inputs))
+        photos.extend(as_photo(image, source.processor) for image in pixels(inputs))
     source.warn()
     name = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     received = "class-token attention" if find_tower(model).prefix else "mean attention that each patch receives"
