@@ -296,10 +296,10 @@ def _unknown(model: nn.Module) -> str:
     row = f"{_guess(model)}, package={package!r}".replace("'", '"')
     return (
         f"{name} is of no known family ({', '.join(FAMILIES)}). If it is a Vision Transformer whose blocks take "
-        f"(batch, tokens, channels), describe it first, with the paths and number of prefix tokens checked:\n"
+        f"(batch, tokens, channels), describe it first, with the paths and number of prefix tokens checked; on the "
+        f"command line by --family '{row}', in Python by\n"
         f'    testreg.FAMILIES["my-vit"] = testreg.Family(\n'
-        f"        {row})\n"
-        f"or on the command line: --family '{row}'"
+        f"        {row})"
     )
 
 
