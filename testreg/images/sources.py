@@ -54,10 +54,11 @@ class Source:
     Attributes:
         ignored: files that are hidden or not named like images, and labels, that the last iteration passed over.
         hint: what the last iteration saw that explains why there may be no image.
+        once: some of it can be read only once, as the last iteration saw.
     """
 
     def __init__(self, images: Any, takes: Takes = Takes()):  # noqa: B008, it is frozen
-        self.images, self.takes, self.ignored, self.started, self.hint = images, takes, 0, 0, ""
+        self.images, self.takes, self.ignored, self.started, self.hint, self.once = images, takes, 0, 0, "", False
 
     def __iter__(self) -> Iterator[Item]:
         self.ignored, self.hint = 0, ""
@@ -131,6 +132,7 @@ class Source:
         parts = iter(value)
         if parts is not value:
             return parts
+        self.once = True
         if self.started > 1:
             raise BadImages(self._used_up(value))
         return self._once(parts)
@@ -152,6 +154,8 @@ class Source:
             file.seek(0)
         elif self.started > 1:
             raise BadImages(self._used_up(file))
+        else:
+            self.once = True
         content = file.read()
         if not isinstance(content, (bytes, bytearray)):
             raise BadImages(f"{name} is a file that is open as text: open it with open(path, 'rb').")

@@ -146,9 +146,9 @@ class RegisterPlan:
         if isinstance(given, (str, os.PathLike)):
             return cls.load(os.fspath(given))
         if isinstance(given, Mapping) and "neurons" in given:
-            if given.get("form") == "constant":
+            if given.get("form") in FORMS and given["form"] != "dynamic":
                 raise BadPlan(
-                    "the dict describes constant registers, and what they hold is not in it: give the plan itself, or "
+                    f"the dict describes {given['form']} registers, and what they hold is not in it: give the plan itself, or "
                     "the file that plan.save(FILE) writes."
                 )
             return cls.from_dict({**given})

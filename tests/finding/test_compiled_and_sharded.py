@@ -1,5 +1,6 @@
 """`find` and `inspect` on models that are compiled, which they see as written, and sharded, which they refuse."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -61,6 +62,18 @@ def test_a_compiled_model_is_seen_as_it_is_written(images, expected, compiled, r
     counter = torch._dynamo.testing.CompileCounter()
     torch.compile(nn.Linear(2, 2), backend=counter)(torch.zeros(1, 2))
     assert counter.frame_count == 1  # what is compiled afterwards is
+
+
+def test_pictures_that_can_be_read_only_once_give_the_same_plan(expected):
+    from PIL import Image
+
+    model, random = planted(), np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(12)]
+    plan = testreg.find(model, pictures, processor="48:0.5:0.5")
+    for once in (iter(pictures), [iter(pictures)]):
+        again = testreg.find(model, once, processor="48:0.5:0.5")
+        assert again.pairs == plan.pairs
+        assert [row.get("refused") for row in again.provenance["sizes"]] == [None, None]
 
 
 def test_a_model_of_clips_is_run_without_its_predictor():

@@ -161,6 +161,21 @@ def test_models_of_timm_are_told_their_own_line():
         processor_for(model)
 
 
+def test_a_resized_processor_is_called_as_its_own():
+    from testreg.images.resized import resized
+
+    gray = Takes("ViTModel", channels=1)
+    processor = transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    picture = noise().convert("L")
+    made = processors.call(resized(processor, 2.0), picture, gray)["pixel_values"]
+    assert made.shape == (1, 1, 64, 64)
+    assert torch.equal(
+        made, processors.call(processor, picture, gray, size={"height": 64, "width": 64})["pixel_values"]
+    )
+
+
 def test_settings_that_a_function_does_not_take_are_not_dropped():
     with pytest.raises(TypeError, match="do_resize"):
         processors.call(lambda picture: torch.zeros(3, 8, 8), noise(), Takes(), do_resize=False)
