@@ -84,7 +84,7 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
     placed: dict[str, Any] = {
         name: value.to(device, weight.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
-    names = inspect.signature(module.forward).parameters
+    names = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters  # of what is compiled, if so
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
     if "skip_predictor" in names:

@@ -148,8 +148,8 @@ class RegisterPlan:
         if isinstance(given, Mapping) and "neurons" in given:
             if given.get("form") in FORMS and given["form"] != "dynamic":
                 raise BadPlan(
-                    f"the dict describes {given['form']} registers, and what they hold is not in it: give the plan itself, or "
-                    "the file that plan.save(FILE) writes."
+                    f"the dict describes {given['form']} registers, and what they hold is not in it: give the plan "
+                    f"itself, or the file that plan.save(FILE) writes."
                 )
             return cls.from_dict({**given})
         shown = "{7: (417,)}"
