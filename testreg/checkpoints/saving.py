@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import transformers
@@ -102,6 +102,9 @@ def save(
             for name, path in source.items():
                 if PROCESSOR.fullmatch(name):
                     copyfile(path, build / name)
+            own: Any = getattr(model, "image_processor", None)
+            if hasattr(own, "save_pretrained") and not any("processor_config" in path.name for path in build.iterdir()):
+                own.save_pretrained(build)
             for path in CODE:
                 copyfile(path, build / path.name)
             base_config = {key: value for key, value in read_json(build / "config.json").items() if key != "auto_map"}

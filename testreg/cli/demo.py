@@ -8,7 +8,7 @@ import click
 
 from . import words
 from .finding import patch_and_save
-from .group import as_json, main, print_json, say
+from .group import Place, as_json, main, print_json, say
 
 DEMO = """This is a demonstration: {model} is a small random Vision Transformer
 into which an artefact was planted. The photos in {photos} are real ones, from scikit-image.
@@ -22,7 +22,7 @@ Your own model:
 
 
 @main.command(short_help="The main job offline, on a small planted model.")
-@click.option("--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="A new directory.")
+@click.option("--out", type=Place(path_type=Path), default="demo", show_default=True, help="A new directory.")
 @click.option("--replace", is_flag=True, help="Use a directory that holds an earlier demonstration.")
 @click.option("--force", is_flag=True, hidden=True)  # what version 0.1 calls --replace
 @as_json

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from ..runtime.errors import TestregError
+from ..runtime.errors import TestregError, UnsupportedModel
 from . import words
 from .console import note, wrapped, writable, writing
 from .group import (
     IMAGES,
+    Place,
     as_json,
     choices,
     load_both,
@@ -31,8 +32,8 @@ from .group import (
 @click.argument("model")
 @photos
 @choices
-@click.option("--plan", "plan_file", type=click.Path(), help="Use this plan, as `find --out` wrote it.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the patched checkpoint.")
+@click.option("--plan", "plan_file", type=Place(), help="Use this plan, as `find --out` wrote it.")
+@click.option("--out", type=Place(path_type=Path), required=True, help="Directory of the patched checkpoint.")
 @click.option("--replace", is_flag=True, help="Replace the checkpoint that is there as --out.")
 @click.option("--force", is_flag=True, help="Take another model's plan; save even if the guard refuses.")
 @as_json
@@ -60,7 +61,7 @@ def patch(
 @click.argument("model")
 @photos
 @choices
-@click.option("--out", type=click.Path(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
+@click.option("--out", type=Place(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
 @click.option("--explain", is_flag=True, help="Show the candidates and every plan tried.")
 @click.option("--force", is_flag=True, help="Give the best plan even if the guard refuses it.")
 @as_json
@@ -87,14 +88,15 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     explanation = words.explanation(told) if explain else ""
     say(words.paragraphs(words.plan(plan.to_dict()), explanation, words.guard(told)))
     if out:
-        images = given["images"]
-        say(f"\nPlan in {out}. Apply it:\n\n    testreg patch {model} --images {images} --plan {out} --out DIRECTORY")
+        more = f"--processor {given['processor']} " if given["processor"] else ""
+        line = f"testreg patch {model} --images {given['images']} {more}--plan {out} --out DIRECTORY"
+        say(f"\nPlan in {out}. Apply it:\n\n    {line}")
 
 
 @main.command(short_help="Has a model the artefact? Patch norms per block.")
 @click.argument("model")
 @click.option("--images", **IMAGES)
-@click.option("--text", "text_file", type=click.Path(path_type=Path), help="A text, to look at a language model.")
+@click.option("--text", "text_file", type=Place(path_type=Path), help="A text, to look at a language model.")
 @click.option("--threshold", type=float, help="Norm from which on a patch is an outlier.")
 @running
 @as_json
@@ -137,6 +139,11 @@ def patch_and_save(
     from ..finding.parallel import leads
 
     free(out, model, replace)
+    if type(model).__module__.startswith("transformers_modules."):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is of the checkpoint's own code, which no patched checkpoint brings along: "
+            f"`testreg find ... --out FILE` writes its plan, and testreg.patch(model, FILE) applies it in Python."
+        )
     plan = plan or _find(model, given, force=force)
     with install(model, plan):
         after = inspect(model, given["images"], threshold=threshold_of(plan), **running_with(given))

@@ -188,5 +188,10 @@ def _attending(model: nn.Module, tower: Tower, images: Iterable[Kept]) -> Attend
     return Attending(*torch.stack(rows).mean(0).tolist())
 
 
+def native(model: nn.Module) -> int:
+    """How many registers a model was trained with."""
+    return _native(find_tower(model))
+
+
 def _native(tower: Tower) -> int:
     return int(reach(tower.module, ("config.num_register_tokens", "num_reg_tokens")) or 0)

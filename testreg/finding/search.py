@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..images.takes import pixels
 from ..metrics import share as share_of
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from ..runtime.families import Tower, find_tower
@@ -62,7 +63,8 @@ def find(
     Args:
         model: a Vision Transformer, or a model that holds one, unpatched.
         images: see `testreg.images.stream`; at least 6 different ones.
-        processor: by default the one that lies with the checkpoint that the model was loaded from.
+        processor: by default the one that lies with the checkpoint that the model was loaded from; another one, or
+            its name, or the numbers of one, as in "224:0.5:0.5" (see `testreg.images.processors.named`).
         batch_size: images per forward pass.
         workers: processes that decode images.
         threshold: L2 norm in the residual stream from which on a patch is an outlier; by default, the distribution of
@@ -120,7 +122,7 @@ def find(
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "sizes": measured,
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-            "resolution": _resolution(next(iter(sample)).inputs["pixel_values"]),
+            "resolution": _resolution(pixels(next(iter(sample)).inputs)),
             "artefact": found.to_dict(),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
@@ -196,9 +198,9 @@ def _intervals(score: Score) -> dict[str, list[float]]:
     }
 
 
-def _resolution(pixels: Tensor) -> list[int] | None:
-    """Height and width of the first image; None where images come as patches, `(images, patches, values)`."""
-    return list(pixels.shape[-2:]) if pixels.ndim > 3 else None
+def _resolution(image: Tensor) -> list[int] | None:
+    """Height and width of an image or a clip; None where images come as patches, `(images, patches, values)`."""
+    return list(image.shape[-2:]) if image.ndim > 3 else None
 
 
 def _check(wanted: Wanted, tower: Tower) -> None:

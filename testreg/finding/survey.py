@@ -29,7 +29,7 @@ class Running(TypedDict, total=False):
         progress: show progress bars.
     """
 
-    processor: Callable[..., Any] | None
+    processor: Callable[..., Any] | str | None
     batch_size: int
     workers: int
     progress: bool
@@ -42,7 +42,7 @@ class Survey:
     model: nn.Module
     tower: Tower
     images: Any
-    processor: Callable[..., Any] | None = None
+    processor: Callable[..., Any] | str | None = None
     batch_size: int = 16
     workers: int = 0
     progress: bool = False

@@ -84,7 +84,7 @@ class Table:
 
     def save(self, path: str | Path) -> None:
         """Write CSV where the name ends so, JSON otherwise."""
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix.lower() != ".csv":
             path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             return
@@ -112,7 +112,7 @@ def evaluate(
     data: str | Path,
     task: str | Task,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     against: Mapping[str, nn.Module] | None = None,
     baselines: bool = True,
     limit: int | None = None,
@@ -125,8 +125,8 @@ def evaluate(
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         data: a folder of photos, with the labels that the task needs (see `testreg.images.labels`).
         task: a name of `testreg.tasks.TASKS`, with its fixed setting, or a task with settings of its own.
-        plan: the registers to judge; by default those of the patch that acts on the model; with neither, the model is
-            judged alone.
+        plan: the registers to judge, or the path of their file; by default those of the patch that acts on the model;
+            with neither, the model is judged alone.
         against: other models by name, as they come.
         baselines: also judge an inert zero token, the neurons zeroed without a register, random neurons instead, and
             the outliers interpolated.
@@ -140,8 +140,8 @@ def evaluate(
     """
     _have("scipy", "sklearn")
     task = _task(task)
-    if plan is None and (current := active(model)):
-        plan = current.plan
+    current = active(model)
+    plan = RegisterPlan.of(plan) if plan is not None else current.plan if current else None
     samples = task.samples(data)[:limit]
     if not samples:
         raise BadImages(f"there is no photo in {data}, or the limit of {limit} leaves none.")

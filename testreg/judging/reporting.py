@@ -23,6 +23,7 @@ from ..finding.inspection import Inspection, inspect
 from ..finding.observe import grid, observe, run, unpatched
 from ..finding.trial import Threshold
 from ..images.streaming import stream
+from ..images.takes import pixels
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
 from ..runtime.errors import BadPlan
@@ -69,7 +70,7 @@ def report(
     model: nn.Module,
     images: Any,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     processor: Any = None,
     title: str | None = None,
     most: int = 64,
@@ -79,8 +80,8 @@ def report(
     Args:
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         images: whatever `testreg.find` takes; photos that the plan was not found on say more.
-        plan: the registers; by default those of the patch that acts on the model; with neither, the model is shown as
-            it is. An outlier is what it was when the plan was found.
+        plan: the registers, or the path of their file; by default those of the patch that acts on the model; with
+            neither, the model is shown as it is. An outlier is what it was when the plan was found.
         title: by default the model's name.
         most: use at most so many images, the first.
 
@@ -89,8 +90,8 @@ def report(
         BadPlan: the plan does not fit the model.
         UnsupportedModel: no family describes the model, or it gives no attention maps.
     """
-    if plan is None and (current := active(model)):
-        plan = current.plan
+    current = active(model)
+    plan = RegisterPlan.of(plan) if plan is not None else current.plan if current else None
     source = stream(images, processor, model=model)
     batches: list[Mapping[str, Tensor]] = []
     left = most
@@ -99,6 +100,7 @@ def report(
         left -= len(batch)
         if left <= 0:
             break
+    source.warn()
     with unpatched(model):
         found = inspect(model, batches, threshold=threshold_of(plan) if plan else None)
         before = _look(model, batches)
@@ -106,7 +108,7 @@ def report(
     if plan is not None:
         with patch(model, plan):
             after = _look(model, batches)
-    pictures = [as_photo(pixels, source.processor) for batch in batches for pixels in batch["pixel_values"]][:GALLERY]
+    pictures = [as_photo(image, source.processor) for batch in batches for image in pixels(batch)][:GALLERY]
     block = clearest_block(before.views)
     named = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     environment = Environment(loader=PackageLoader("testreg.judging"), autoescape=True, undefined=StrictUndefined)
@@ -159,7 +161,7 @@ def _look(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Side:
         if len(features) < GALLERY:
             with observe(model, states=[last]) as state:
                 run(model, inputs)
-            height, width = inputs["pixel_values"].shape[-2:]
+            height, width = pixels(inputs).shape[-2:]
             patches = state.states[last][:, tower.prefix :].float().cpu()
             features += list(patches.unflatten(1, grid(height, width, patches.shape[1])))
     return Side(seen, features[:GALLERY], torch.cat(answers))
@@ -280,4 +282,4 @@ def _url(image: Image.Image, kind: str, **options: Any) -> str:
 
 def save(page: str, path: str | Path) -> None:
     """Write a page."""
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).expanduser().write_text(page, encoding="utf-8")

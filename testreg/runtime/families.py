@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UnsupportedModel
 
@@ -304,11 +304,13 @@ def _unknown(model: nn.Module) -> str:
             f"{name} is a text model; testreg patches Vision Transformers ({', '.join(FAMILIES)}). Whether it has "
             f"attention sinks tells testreg.inspect(model, text=...), or testreg inspect MODEL --text FILE."
         )
+    row = f"{_guess(model)}, package={package!r}".replace("'", '"')
     return (
         f"{name} is of no known family ({', '.join(FAMILIES)}). If it is a Vision Transformer whose blocks take "
-        f"(batch, tokens, channels), describe it first, with the paths and number of prefix tokens checked:\n"
+        f"(batch, tokens, channels), describe it first, with the paths and number of prefix tokens checked; on the "
+        f"command line by --family '{row}', in Python by\n"
         f'    testreg.FAMILIES["my-vit"] = testreg.Family(\n'
-        f"        {_guess(model)}, package={package!r})"
+        f"        {row})"
     )
 
 
@@ -327,7 +329,14 @@ def _guess(model: nn.Module) -> str:
     linears = [
         name for name, part in parts.items() if isinstance(part, nn.Linear) and not name.startswith(f"{attention}.")
     ]
-    tokens = ("cls", "class", "dist")
-    prefix = sum(any(part in name.lower() for part in tokens) for name, _ in model.named_parameters() if "tok" in name)
+    prefix = sum(_tokens(name, weight) for name, weight in model.named_parameters() if not name.startswith(f"{path}."))
     down = linears[-1] if linears else "mlp.fc2"
     return f'"{type(model).__name__}", "{path}", "{down}", "{attention}", prefix={prefix}'
+
+
+def _tokens(name: str, weight: Tensor) -> int:
+    """How many tokens before the patches a parameter `(..., tokens, channels)` holds, as far as its name tells."""
+    last = name.lower().split(".")[-1]
+    if "pos" in last or not any(word in last for word in ("cls", "class", "dist", "register", "reg_token")):
+        return 0
+    return weight.shape[-2] if weight.ndim > 1 else 1

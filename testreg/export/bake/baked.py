@@ -19,7 +19,9 @@ from ...checkpoints.card import metadata
 from ...checkpoints.original import load_base
 from ...checkpoints.saving import free, source_files
 from ...finding.as_tokens import as_tokens
-from ...images.streaming import processor_for, stream
+from ...images.processors import chosen
+from ...images.streaming import stream
+from ...images.takes import taken_by
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
 from ...runtime.families import find_tower
@@ -137,7 +139,7 @@ class Baked:
 
 def bake(
     model: nn.Module,
-    plan: RegisterPlan,
+    plan: RegisterPlan | str | Path,
     images: Any,
     *,
     processor: Any = None,
@@ -168,6 +170,7 @@ def bake(
         BadImages: there are too few.
         Harmful: patches are still outliers, or the features are not those of the run-time patch; with the numbers.
     """
+    plan = RegisterPlan.of(plan)
     tower = find_tower(model)
     library = stock.library_for(tower, library)
     check(tower, plan)
@@ -192,7 +195,7 @@ def bake(
     if not force:
         _judge(drift)
     dtype = next(model.parameters()).dtype
-    return Baked(baked.to(dtype), registers.to(dtype), plan, library, drift, processor or _processor(model))
+    return Baked(baked.to(dtype), registers.to(dtype), plan, library, drift, _processor(model, processor))
 
 
 def export_stock(
@@ -200,7 +203,7 @@ def export_stock(
     images: Any,
     out: str | Path,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     processor: Any = None,
     library: str | None = None,
     batch_size: int = 16,
@@ -226,9 +229,9 @@ def export_stock(
     if not isinstance(model, nn.Module):
         loaded = load_base(model) if plan is not None else load(model)
     acting = active(loaded)
-    plan = plan or (acting.plan if acting else None)
-    if plan is None:
+    if plan is None and acting is None:
         raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan (--plan FILE), or patch it first.")
+    plan = acting.plan if plan is None and acting else RegisterPlan.of(plan)
     free(out, loaded, replace)  # before minutes of work
     baked = bake(loaded, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
     baked.save(out, replace=replace)
@@ -240,7 +243,8 @@ def _halves(model: nn.Module, images: Any, processor: Any, batch_size: int) -> t
     seen: set[str] = set()
     halves: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] = ([], [])
     counts = [0, 0]
-    for batch in stream(images, processor, model=model, batch_size=batch_size):
+    batches = stream(images, processor, model=model, batch_size=batch_size)
+    for batch in batches:
         rows: tuple[list[int], list[int]] = ([], [])
         for row, digest in enumerate(batch.digests):
             half = len(seen) % 2
@@ -253,6 +257,7 @@ def _halves(model: nn.Module, images: Any, processor: Any, batch_size: int) -> t
                 halves[half].append({name: value[rows[half]] for name, value in batch.inputs.items()})
         if counts == [CALIBRATION, HELD_OUT]:
             break
+    batches.warn()
     if sum(counts) < FEWEST:
         raise BadImages(
             f"{sum(counts)} different images are too few to fit weights and to check them: give {FEWEST} or more."
@@ -273,8 +278,8 @@ def _judge(drift: Drift) -> None:
         )
 
 
-def _processor(model: nn.Module) -> Any:
+def _processor(model: nn.Module, given: Any) -> Any:
     try:
-        return processor_for(model)
+        return chosen(given, model, taken_by(model))
     except BadImages:
         return None  # a stock checkpoint without one is as complete as the checkpoint that it comes from
