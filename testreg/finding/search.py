@@ -109,10 +109,11 @@ def find(
             search = Search(
                 model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=survey.batch_size, step=bar.update
             )
-            plan = search.best()
+            best = search.best()
             others = Sizes(model, tower, found, survey.batches, [*tried, *ranked], held, survey.batch_size, bar.update)
             fixed = registers is not None or recipe == "paper"
-            plan, measured = others.fitted(plan, search.bench, () if fixed and sizes is None else sizes)
+            more = range(0) if top_k is not None else search.blocks
+            plan, measured = others.fitted(best, search.bench, () if fixed and sizes is None else sizes, more)
         guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size)
         score = guard.score(plan)
         if not force:
@@ -128,7 +129,7 @@ def find(
             "outliers_per_image": search.ranking.per_image,
             "positions": list(search.ranking.positions),
             "candidates": [asdict(candidate) for candidate in search.candidates[:32]],
-            "trials": [{**trial.summary(), "chosen": trial.plan is plan} for trial in search.trials],
+            "trials": [{**trial.summary(), "chosen": trial.plan is best} for trial in search.trials],
             "before": {"outlier_patches": guard.before, "same_top_1": 1.0, "output_cosine": 1.0, "patches_cosine": 1.0},
             "after": {
                 "outlier_patches": score.left,

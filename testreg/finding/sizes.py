@@ -86,12 +86,15 @@ class Sizes:
         self.batch_size = max(1, min(batch_size, IMAGES) // 2)
         self.refused: list[dict[str, Any]] = []
 
-    def fitted(self, plan: RegisterPlan, own: Bench, sides: Sequence[int] | None) -> tuple[RegisterPlan, list[Any]]:
+    def fitted(
+        self, plan: RegisterPlan, own: Bench, sides: Sequence[int] | None, more: range
+    ) -> tuple[RegisterPlan, list[Any]]:
         """The plan with its law, and with neurons that leave no outlier at any size; and a row of each size.
 
         Args:
             own: what the plan was chosen on.
             sides: in pixels; None = the usual ones.
+            more: blocks where more neurons may be, if some are needed.
         """
         image, patches = pixels(self.kept[0].inputs), self.kept[0].norms.shape[-1]
         if (sides is not None and not sides) or image.ndim != 4:
@@ -100,7 +103,7 @@ class Sizes:
         wanted = usual(height, width, patches) if sides is None else [scaled(side, height, width) for side in sides]
         benches = [(side, kept, self._bench(kept)) for side in wanted if (kept := self._at(side))]
         for _, kept, bench in benches:
-            plan = self._widened(plan, kept, bench, own)
+            plan = self._widened(plan, kept, bench, own, more)
         measured = [self._counted(plan, side, kept, bench) for side, kept, bench in benches]
         plan = replace(plan, law=law(plan.registers, patches, measured))
         for size, (_, _, bench) in zip(measured, benches, strict=True):
@@ -160,9 +163,9 @@ class Sizes:
         best = min(tried, key=lambda count: (not as_good(drift(count), drift(best)), drift(count)))
         return Size(side, kept[0].norms.shape[-1], len(kept), per_image, bench.before, tried, best)
 
-    def _widened(self, plan: RegisterPlan, kept: list[Kept], bench: Bench, own: Bench) -> RegisterPlan:
+    def _widened(self, plan: RegisterPlan, kept: list[Kept], bench: Bench, own: Bench, blocks: range) -> RegisterPlan:
         """The plan with more neurons, where it leaves outliers at a size and they are what writes these."""
-        if self._clean(plan, bench):
+        if not blocks or self._clean(plan, bench):
             return plan
         with patch(self.model, plan):
             left = [
@@ -170,7 +173,6 @@ class Sizes:
                 for batch in together(kept, self.batch_size)
                 for image, norms in zip(batch, look(self.model, self.tower, stack(batch)).norms, strict=True)
             ]
-            blocks = range(self.found.block + 1)
             ranking = rank(self.model, self.tower, left, self.found, self.batch_size, blocks=blocks, entries=[1])
         new = [one for one in ranking.candidates if (one.block, one.neuron) not in plan.pairs]
         for count in sizes_up_to(len(new)) if new else ():
