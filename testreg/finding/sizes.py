@@ -55,7 +55,7 @@ class Size:
     def to_dict(self, registers: int) -> dict[str, Any]:
         """Plain JSON values, with the score of `registers`."""
         about = {"side": list(self.side), "patches": self.patches, "images": self.images}
-        drifts = {str(count): round(score.drift, 6) for count, score in sorted(self.tried.items())}
+        drifts = [[count, round(score.drift, 6)] for count, score in sorted(self.tried.items())]
         score = {} if registers not in self.tried else asdict(self.tried[registers])
         measured = {"outliers_per_image": self.per_image, "before": self.before, "best": self.best, "drifts": drifts}
         return {**about, **measured, "registers": registers, **score}

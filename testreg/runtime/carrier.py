@@ -75,11 +75,11 @@ class Carrier(Block):
 
 def _held(full: Tensor, tokens: Tensor) -> Any:
     """A hold on `full` that ends with the graph of `tokens`: what waits for a pass that breaks off keeps no memory."""
+    if torch.compiler.is_compiling():
+        return partial(_itself, full)
     node = tokens.grad_fn
     if node is None:
         return _nothing
-    if torch.compiler.is_compiling():
-        return partial(_itself, full)
     node.metadata[BUFFER] = full  # type: ignore[index]
     return weakref.ref(full)
 

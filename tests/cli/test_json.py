@@ -18,7 +18,24 @@ from testreg.demo.planted import plant
 
 PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
 DTYPES = {"float64", "float32", "float16", "bfloat16"}
-ASKED = ("--threshold", 60, "--blocks", "1-4", "--top-k", 2, "--registers", 2, "--form", "dynamic", "--entry", 1)
+ASKED = (
+    "--threshold",
+    60,
+    "--blocks",
+    "1-4",
+    "--top-k",
+    2,
+    "--registers",
+    2,
+    "--form",
+    "dynamic",
+    "--entry",
+    1,
+    "--size",
+    64,
+    "--size",
+    5,
+)
 
 
 def documented(title):
