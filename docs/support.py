@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from testreg.runtime.families import FAMILIES, REFUSED, Family, each
+from testreg.runtime.families import FAMILIES, REFUSED, Family
+from testreg.runtime.paths import each
 
 BEGIN, END = "<!-- support table: python -m docs.support -->", "<!-- end of support table -->"
 

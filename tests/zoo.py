@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import originals
 import pytest
 import torch
 import transformers as hf
@@ -208,6 +209,42 @@ def _timm_wrapper(model: type, **more: Any) -> nn.Module:
     return model(hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=settings, **more))
 
 
+def _original(name: str, *args: Any, inputs: Any = None, **settings: Any) -> Tiny:
+    """A stand-in for a model in its makers' own code."""
+    return Tiny(lambda: getattr(originals, name)(*args, **settings), inputs or named("x", images()))
+
+
+def _openai_clip(clip: Any) -> nn.Module:
+    return clip.VisionTransformer(SIZE, PATCH, CHANNELS, BLOCKS, 4, 16)
+
+
+def _radio(timm: Any) -> nn.Module:
+    return originals.radio(timm.VisionTransformer(**SMALL, mlp_ratio=1.5, num_classes=0))
+
+
+def _naflex(**settings: Any) -> Tiny:
+    config = {"patch_size": PATCH, "embed_dim": CHANNELS, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 1.5, **settings}
+    return _from(
+        "timm.models.naflexvit",
+        lambda timm: timm.NaFlexVit(timm.NaFlexVitCfg(**config, global_pool="avg"), num_classes=5, img_size=SIZE),
+    )
+
+
+def with_alpha(batch: int) -> dict[str, Tensor]:
+    """Images, and where to look in them."""
+    alpha = torch.rand(64, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    return {"x": images()(batch)["pixel_values"], "alpha": alpha[:batch]}
+
+
+def clips_with_time_third(batch: int) -> dict[str, Tensor]:
+    return {"x": clips(batch).transpose(1, 2)}
+
+
+RADIO = {
+    "hidden_size": CHANNELS, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "mlp_ratio": 1.5,
+    "patch_size": PATCH, "max_img_size": SIZE, "num_cls_tokens": 3, "num_registers": 5, "summary_idxs": [0, 2],
+}  # fmt: skip
+
 MODELS: Mapping[str, Mapping[str, Tiny]] = {
     "vit": {
         "ViTModel": _tiny("ViTModel", "ViTConfig", other=INTERPOLATED),
@@ -394,6 +431,7 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         "timm.VisionTransformer-dynamic": _timm(global_pool="avg", reg_tokens=2, dynamic_img_size=True),
         "timm.VisionTransformer-map": _timm(global_pool="map", class_token=False, qk_norm=True),
         "timm.VisionTransformer-pre-norm": _timm(pre_norm=True, num_classes=0, init_values=0.5),
+        "timm.VisionTransformer-radio": _from("timm.models.vision_transformer", _radio),
         "TimmWrapperModel": Tiny(lambda: _timm_wrapper(hf.TimmWrapperModel), images()),
         "TimmWrapperForImageClassification": Tiny(
             lambda: _timm_wrapper(hf.TimmWrapperForImageClassification, num_labels=5), images()
@@ -415,6 +453,54 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         "torchvision.VisionTransformer": _from(
             "torchvision.models.vision_transformer",
             lambda torchvision: torchvision.VisionTransformer(SIZE, PATCH, BLOCKS, 4, CHANNELS, NEURONS, num_classes=5),
+        )
+    },
+    "timm-naflex": {
+        "timm.NaFlexVit": _naflex(),
+        "timm.NaFlexVit-rope": _naflex(pos_embed="none", rope_type="axial", class_token=True, reg_tokens=2),
+    },
+    "ovis2": {
+        "Ovis2VisionModel": _tiny(
+            "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=64, num_visual_indicator_tokens=4, hidden_stride=1
+        )
+    },
+    "radio": {
+        "RadioModel": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO)), images(), ANY_SIZE),
+        "RadioModel-SwiGLU": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO, use_swiglu_ffn=True)), images()),
+    },
+    "openai-clip": {
+        "clip.VisionTransformer": _from("clip.model", _openai_clip),
+        "alpha_clip.VisionTransformer": _original("_AlphaClip", inputs=with_alpha),
+    },
+    "perception-encoder": {
+        "pe.VisionTransformer": _original("_Perception"),
+        "pe.VisionTransformer-no-class-token": _original("_Perception", use_cls_token=False),
+        "pe.VisionTransformer-no-rope": _original("_Perception", use_rope2d=False),
+    },
+    "eva-clip": {
+        "EVAVisionTransformer": _original("EVAVisionTransformer"),
+        "EVAVisionTransformer-biased": _original("EVAVisionTransformer", "mlp", rope=False, biased=True),
+    },
+    "dinov2-hub": {
+        "dinov2.DinoVisionTransformer": _original("DinoVisionTransformer"),
+        "dinov2.DinoVisionTransformer-registers": _original("DinoVisionTransformer", 4, "gated w1 w2 w3"),
+        "dinov2.DinoVisionTransformer-chunks": _original("DinoVisionTransformer", chunks=3),
+        "DepthAnythingV2": _original("DepthAnythingV2"),
+    },
+    "dinov3-hub": {
+        "dinov3.DinoVisionTransformer": _original("_DinoV3"),
+        "dinov3.DinoVisionTransformer-storage": _original("_DinoV3", 4, "gated w1 w2 w3"),
+    },
+    "internvit": {"InternVisionModel": _original("InternVisionModel", inputs=images())},
+    "aimv2-apple": {"AIMv2VisionEncoder": _original("AIMv2VisionEncoder")},
+    "jepa": {
+        "ijepa.VisionTransformer": _original("_IJepa"),
+        "vjepa2.VisionTransformer": _original("_VJepa2", inputs=clips_with_time_third),
+        "vjepa2.VisionTransformer-no-rope": _original("_VJepa2", "mlp", rope=False, inputs=clips_with_time_third),
+    },
+    "mae": {
+        "MaskedAutoencoderViT": Tiny(
+            lambda: originals.MaskedAutoencoderViT(), lambda batch: {"imgs": images()(batch)["pixel_values"]}
         )
     },
 }  # fmt: skip

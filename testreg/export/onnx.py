@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import BadCheckpoint, Harmful, TestregError, UnsupportedModel
-from ..runtime.families import find_tower, reach
+from ..runtime.paths import reach
+from ..runtime.towers import find_tower
 from ..runtime.modeling_testreg import load
 
 BATCHES = (1, 8)  # sizes that the file is checked with; it takes any

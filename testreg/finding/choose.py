@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import BadPlan, Harmful
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
 from .detect import Artefact, Candidate, Ranking, rank

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..images.streaming import Batch, ImageStream
 from ..runtime.errors import BadImages, ImagesRepeated, ImagesSkipped
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
 from .scan import SAMPLE, Norms, Sample, scan
 
 MANY = 0.1  # share of the images that repeat others

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..metrics.outliers import BlockNorms
 from ..runtime.errors import BadPlan
-from ..runtime.families import Tower, reach
+from ..runtime.paths import reach
+from ..runtime.towers import Tower
 from ..runtime.offload import present
 from ..runtime.plan import RegisterPlan
 from .observe import run

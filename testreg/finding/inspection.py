@@ -13,7 +13,8 @@ from ..images.streaming import stream
 from ..metrics.outliers import BlockNorms
 from ..metrics.sinks import EPSILON, received
 from ..runtime.errors import UnsupportedModel
-from ..runtime.families import Tower, find_tower, reach
+from ..runtime.paths import reach
+from ..runtime.towers import Tower, find_tower
 from . import language
 from .count import Counted, count, quiet, total
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table

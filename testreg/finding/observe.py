@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import UnsupportedModel
-from ..runtime.families import Tower, find_tower
+from ..runtime.towers import Tower, find_tower
 from ..runtime.installer import Patch, active, patch
 from ..runtime.plan import RegisterPlan
 

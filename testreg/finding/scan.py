@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..images.streaming import Batch
 from ..runtime.errors import TestregError
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
 from .observe import run
 from .ondisk import OnDisk
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..images.streaming import stream
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
-from ..runtime.families import Tower, find_tower
+from ..runtime.towers import Tower, find_tower
 from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan

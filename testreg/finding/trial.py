@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
 from .observe import run

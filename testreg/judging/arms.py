@@ -16,7 +16,7 @@ from ..finding.observe import NOTHING, grid, observe, run
 from ..finding.trial import Threshold
 from ..images.streaming import processor_for, stream
 from ..metrics.outliers import interpolate
-from ..runtime.families import Tower, find_tower
+from ..runtime.towers import Tower, find_tower
 from ..runtime.installer import check, patch
 from ..runtime.plan import RegisterPlan
 

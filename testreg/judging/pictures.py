@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..finding.observe import grid, observe, run, unpatched
 from ..images.streaming import ImageStream, stream
 from ..runtime.errors import BadPlan, UnsupportedModel
-from ..runtime.families import find_tower
+from ..runtime.towers import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
 from .charts import round_ticks

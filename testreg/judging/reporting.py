@@ -24,7 +24,7 @@ from ..images.streaming import stream
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
 from ..runtime.errors import BadPlan
-from ..runtime.families import find_tower
+from ..runtime.towers import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
 from . import charts

@@ -2,7 +2,8 @@
 
 Imports nothing else of the package, since these files are copied into every checkpoint as they are. Read `plan` first
 (what is done to a model, as a value), then `installer` (it is done, and undone), `forwards` (by which modules) and
-`redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts.
+`redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts, `towers`
+finds them in a model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
-    from .families import FAMILIES, Family, Tower, find_tower
+    from .families import FAMILIES, Family
+    from .towers import Tower, find_tower
     from .installer import Patch, active, patch
     from .modeling_testreg import load
     from .plan import RegisterPlan
@@ -58,7 +60,8 @@ def lazily(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 __getattr__ = lazily(
     __name__,
     {
-        **dict.fromkeys(("FAMILIES", "Family", "Tower", "find_tower"), "families"),
+        **dict.fromkeys(("FAMILIES", "Family"), "families"),
+        **dict.fromkeys(("Tower", "find_tower"), "towers"),
         **dict.fromkeys(("Patch", "active", "patch"), "installer"),
         **dict.fromkeys((name for name in __all__ if name[:3] == "Bad"), "errors"),
         **dict.fromkeys(("Harmful", "NoOutliers", "TestregError", "UnsupportedModel"), "errors"),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import BadPlan
-from .families import find_tower
+from .towers import find_tower
 from .offload import present
 from .plan import RegisterPlan
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import redirect
 from .errors import TestregError
-from .families import Tower
+from .towers import Tower
 from .plan import RegisterPlan
 
 BUFFER = "_testreg_buffer"  # on a tensor: [registers | tokens], where the tensor is its tokens

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from .errors import BadPlan
-from .families import Tower, find_tower, reach
+from .paths import reach
+from .towers import Tower, find_tower
 from .forwards import Attention, Bias, Block, Forward, Neurons, Record, Relay
 from .guard import Guard
 from .plan import RegisterPlan

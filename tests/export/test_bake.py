@@ -20,7 +20,7 @@ from testreg.demo.planted import plant
 from testreg.export.bake import algebra, bake, baked, export_stock, fit
 from testreg.finding.observe import observe, run
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 SIZE, CHANNELS, BLOCKS = 64, 64, 5
 VISION = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import tensors
 
 from testreg import RegisterPlan, active, patch
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 CASES = {
     "vit-tiny-augreg": (hf.ViTForImageClassification, 7, (224, 224)),

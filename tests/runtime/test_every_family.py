@@ -14,7 +14,7 @@ from testreg.finding.detect import rank, valley
 from testreg.finding.scan import scan
 from testreg.finding.search import located
 from testreg.images.streaming import Batch
-from testreg.runtime.families import Tower, find_tower
+from testreg.runtime.towers import Tower, find_tower
 
 IMAGES, BLOCK, NEURON, STRENGTH = 16, 1, 7, 40.0
 MARK = 2.0  # the pixels of one patch of every image

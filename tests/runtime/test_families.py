@@ -15,7 +15,8 @@ from zoo import BLOCKS, CHANNELS, MODELS, ROWS, SMALL, TEXT, VISION, build
 import testreg
 from docs import support
 from testreg import FAMILIES, Family, RegisterPlan, UnsupportedModel, patch
-from testreg.runtime.families import REFUSED, find_tower
+from testreg.runtime.families import REFUSED
+from testreg.runtime.towers import find_tower
 
 
 def test_every_family_has_tiny_models_and_every_tiny_model_a_family():
@@ -33,8 +34,10 @@ def test_the_tower_is_what_the_row_says(family, name):
     assert len(tower.downs) == len(tower.attentions) == len(tower.neurons) == blocks >= BLOCKS
     widths: dict[int, tuple] = {}
     for index, (block, down) in enumerate(zip(tower.blocks, tower.downs, strict=True)):
-        down.register_forward_pre_hook(lambda _, args, index=index: widths.update({index: args[0].shape}))
-        block.register_forward_hook(lambda _, args, output, index=index: widths.update({-1 - index: _tokens(output)}))
+        down.register_forward_pre_hook(lambda _, args, index=index: widths.update({index: tower.batched(args[0]).shape}))
+        block.register_forward_hook(
+            lambda _, args, output, index=index: widths.update({-1 - index: tuple(tower.batched(output).shape)})
+        )
     with torch.no_grad():
         model(**inputs)
     for index in range(blocks):
@@ -42,10 +45,6 @@ def test_the_tower_is_what_the_row_says(family, name):
         assert channels == tower.channels
         assert widths[index] == (batch, tokens, tower.neurons[index])  # the neurons of the same tokens
         assert tokens - tower.prefix in (4, 16, 32)  # a quarter of an image, an image, a video
-
-
-def _tokens(output) -> tuple:
-    return tuple((output[0] if isinstance(output, tuple) else output).shape)
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in ROWS.items() if tiny.text])
@@ -145,7 +144,6 @@ def test_a_network_without_blocks_is_refused():
         find_tower(hf.MobileNetV2Model(hf.MobileNetV2Config(depth_multiplier=0.25)))
 
 
-QWEN = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8}
 STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "window_size": 2}
 
 
@@ -165,8 +163,6 @@ STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 3
             lambda: hf.SamVisionModel(hf.SamVisionConfig(**VISION, global_attn_indexes=[1], output_channels=8)),
             "a SamVisionEncoder.* cannot have registers: it attends inside windows",
         ),
-        (lambda: _qwen("Qwen2VisionTransformerPretrainedModel"), "it packs the patches of all images"),
-        (lambda: hf.PixtralVisionModel(hf.PixtralVisionConfig(**VISION)), "it packs the patches of all images"),
         (lambda: _timm("swin_transformer").SwinTransformer(depths=(1, 1), embed_dim=8, num_heads=(2, 2)), "windows"),
         (lambda: _timm("convnext").ConvNeXt(depths=(1,) * 4, dims=(8,) * 4), "convolutional network"),
         (lambda: _timm("beit").Beit(**SMALL), "position table of fixed size"),
@@ -176,11 +172,6 @@ STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 3
 def test_what_cannot_be_done_is_refused_by_name_with_the_reason(make, says):
     with pytest.raises(UnsupportedModel, match=says):
         find_tower(make())
-
-
-def _qwen(name: str) -> nn.Module:
-    module = importlib.import_module("transformers.models.qwen2_vl.modeling_qwen2_vl")
-    return getattr(module, name)(module.Qwen2VLVisionConfig(**QWEN))
 
 
 def _timm(module: str):
@@ -193,7 +184,7 @@ def _parallel() -> type:
 
 
 def test_a_name_is_refused_or_known_but_not_both():
-    known = {name for family in FAMILIES.values() for name in testreg.runtime.families.each(family.towers)}
+    known = {name for family in FAMILIES.values() for name in testreg.runtime.paths.each(family.towers)}
     assert known.isdisjoint(REFUSED)
 
 
@@ -225,8 +216,8 @@ def test_a_tower_built_in_another_way_than_its_family_is_refused():
 def test_a_row_may_name_one_path_or_several():
     assert Family("A", "layers", "mlp.fc2").towers == "A"
     model, _ = build("ViTModel")
-    assert testreg.runtime.families.reach(model, ("nothing.here", "layers")) is model.layers
-    assert testreg.runtime.families.reach(model, "nothing.here") is None
+    assert testreg.runtime.paths.reach(model, ("nothing.here", "layers")) is model.layers
+    assert testreg.runtime.paths.reach(model, "nothing.here") is None
 
 
 # What the documentation says

@@ -10,7 +10,7 @@ from torch.nn import functional
 from zoo import CHANNELS, DINO, ROWS, SMALL, VISION, attention, build, images, padded, part_masked, scale, tensors
 
 from testreg import RegisterPlan, patch
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 
 def run(model: nn.Module, inputs: dict | Tensor, **more) -> dict[str, Tensor]:

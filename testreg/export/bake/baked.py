@@ -21,7 +21,7 @@ from ...checkpoints.saving import free, source_files
 from ...images.streaming import processor_for, stream
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
-from ...runtime.families import find_tower
+from ...runtime.towers import find_tower
 from ...runtime.installer import active, check
 from ...runtime.modeling_testreg import load
 from ...runtime.plan import RegisterPlan

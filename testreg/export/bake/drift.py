@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...finding.observe import observe, run
-from ...runtime.families import Tower, find_tower, reach
+from ...runtime.paths import reach
+from ...runtime.towers import Tower, find_tower
 from ...runtime.installer import patch
 from ...runtime.plan import RegisterPlan
 from .fit import Inputs

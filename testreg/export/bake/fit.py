@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...finding.observe import run
 from ...runtime.errors import Harmful
-from ...runtime.families import Tower, find_tower
+from ...runtime.towers import Tower, find_tower
 from ...runtime.installer import patch
 from ...runtime.plan import RegisterPlan
 from . import algebra
