@@ -76,7 +76,7 @@ PACKED: Mapping[str, Mapping[str, Packed]] = {
     "qwen2-vl": {
         "Qwen2-VL": Packed(
             "qwen2_vl", "Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionConfig", TWO,
-            settings={"hidden_size": 16},
+            settings={"hidden_size": 16, "mlp_ratio": 2},
         )
     },
     "qwen2.5-vl": {

@@ -7,11 +7,14 @@ blocks or 4, 16 patches), weights are of unit gain, so that every block, neuron 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import originals
+import packaging.version
 import pytest
 import torch
 import transformers as hf
@@ -150,6 +153,8 @@ def _from(package: str, make: Callable[[Any], nn.Module], name: str = "x", other
 
 
 def _imported(package: str) -> Any:
+    if package.startswith("clip."):  # it asks an old setuptools for packaging
+        sys.modules.setdefault("pkg_resources", SimpleNamespace(packaging=packaging))  # type: ignore[arg-type]
     pytest.importorskip(package.split(".")[0])
     return importlib.import_module(package)
 
@@ -191,16 +196,20 @@ NECK = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
 WRAPPED = {"embed_dim": CHANNELS, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": PATCH}
 
 
-def _vision(package: str, name: str, inputs: Any, other: Any = ()) -> Tiny:
-    """A vision tower that transformers does not export."""
+def _hidden(package: str, model: str, config: str, inputs: Any = None, other: Any = (), **settings: Any) -> Tiny:
+    """A class of transformers that it does not export."""
     module = f"transformers.models.{package}.modeling_{package}"
-    return Tiny(
-        lambda: getattr(importlib.import_module(module), f"{name}VisionTransformer")(
-            getattr(importlib.import_module(module), f"{name}VisionConfig")(**VISION)
-        ),
-        inputs,
-        other,
-    )
+    settings = {**VISION, **settings}
+
+    def make() -> nn.Module:
+        code = importlib.import_module(module)
+        return getattr(code, model)(getattr(code, config)(**settings))
+
+    return Tiny(make, inputs or images(), other)
+
+
+def _vision(package: str, name: str, inputs: Any, other: Any = ()) -> Tiny:
+    return _hidden(package, f"{name}VisionTransformer", f"{name}VisionConfig", inputs, other)
 
 
 def _timm_wrapper(model: type, **more: Any) -> nn.Module:
@@ -460,8 +469,8 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         "timm.NaFlexVit-rope": _naflex(pos_embed="none", rope_type="axial", class_token=True, reg_tokens=2),
     },
     "ovis2": {
-        "Ovis2VisionModel": _tiny(
-            "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=64, num_visual_indicator_tokens=4, hidden_stride=1
+        "Ovis2VisionModel": _hidden(
+            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=64, num_visual_indicator_tokens=4, hidden_stride=1
         )
     },
     "radio": {

@@ -99,9 +99,11 @@ class Source:
             raise BadImages(f"{name} holds values that make no tensor: {error}") from error
         if inputs["pixel_values"].ndim == 3 and len(inputs) == 1:
             inputs["pixel_values"] = inputs["pixel_values"][None]  # a row of a data set: (channels, height, width)
-        images = check(inputs, name)
-        for index in range(images):
-            yield Item(f"{name}[{index}]", {key: value[index : index + 1].clone() for key, value in inputs.items()})
+        index = 0
+        for part in apart(inputs):
+            for image in range(check(part, name)):
+                yield Item(f"{name}[{index}]", {key: value[image : image + 1].clone() for key, value in part.items()})
+                index += 1
 
     def _parts(self, value: Any) -> Iterable[Any]:
         if not hasattr(value, "__iter__"):  # a map-style data set, which need not say where it ends
@@ -113,6 +115,24 @@ class Source:
                 f"pass something that can be read again, such as list(images)."
             )
         return parts
+
+
+def apart(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Processed inputs with an axis of images; of images whose patches come as one sequence, one dict per image.
+
+    Such sequences, `(all patches, ...)`, come with the grids of the images, `(images, 3)`: frames, rows and columns.
+    What is no such sequence comes back as it is.
+    """
+    pixels = inputs.get("pixel_values")
+    for grid in (value for key, value in inputs.items() if "grid" in key and value.ndim == 2):
+        lengths = grid.prod(-1)
+        if pixels is not None and pixels.ndim and int(lengths.sum()) == len(pixels):
+            rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
+            return [
+                {"pixel_values": patches[None], **{key: value[image : image + 1] for key, value in rest.items()}}
+                for image, patches in enumerate(pixels.split(lengths.tolist()))
+            ]
+    return [inputs]
 
 
 def check(inputs: Mapping[str, Tensor], name: str) -> int:

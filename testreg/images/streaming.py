@@ -27,7 +27,8 @@ class Batch:
 
     Attributes:
         inputs: what the model is called with, on the CPU; every tensor has the axis of images first, as in
-            `pixel_values (images, channels, height, width)`.
+            `pixel_values (images, channels, height, width)`, or `(images, patches, ...)` where a tower takes the
+            patches of all images as one sequence.
         digests: one per image, SHA-256 in hexadecimal of its size and its upright RGB pixels (of the tensors, where
             the image came processed): the same image has the same digest in any file format, order, batch or run.
     """
@@ -246,10 +247,10 @@ class _Prepare(Dataset[_Prepared]):
             output = {"pixel_values": output if output.ndim == 4 else output[None]}
         if not isinstance(output, Mapping):
             raise TypeError(f"the processor makes a {type(output).__name__} of it, not a tensor or a dict of tensors")
-        inputs = {key: value for key, value in output.items() if isinstance(value, Tensor)}
-        if sources.check(inputs, "what the processor makes of it") != 1:
+        images = sources.apart({key: value for key, value in output.items() if isinstance(value, Tensor)})
+        if len(images) != 1 or sources.check(images[0], "what the processor makes of it") != 1:
             raise ValueError("the processor makes several images of it")
-        return inputs
+        return images[0]
 
 
 def _digest(inputs: Mapping[str, Tensor]) -> str:

@@ -17,8 +17,10 @@ from .families import Family
 from .paths import reach
 
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_embed", "dist_token", "distillation_token")
-COUNTS = ("num_prefix_tokens", "num_register_tokens", "n_storage_tokens", "num_reg_tokens", "num_registers")
+WHOLE = ("patch_generator.num_skip", "num_prefix_tokens", "config.num_summary_tokens")  # all tokens before the patches
+NATIVE = ("num_register_tokens", "n_storage_tokens", "num_reg_tokens", "num_registers")  # of them, native registers
 SEEDS = ("ln_pre", "norm_pre", "pre_layrnorm", "pre_layernorm", "pre_norm", "ln_post_embed")
+ELSEWHERE = ("head", "pool", "decoder", "predictor", "text")  # where a class token is not one of the blocks
 NAME = "my-vit"
 
 
@@ -65,18 +67,28 @@ def width(block: nn.Module, attention: nn.Module) -> int | None:
     return min(counts, key=lambda size: (-counts[size], size)) if counts else None
 
 
+def class_tokens(tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of `tower` whose names say that they stand in front of its patches."""
+    for name, parameter in tower.named_parameters():
+        *above, last = name.split(".")
+        if last in CLASS_TOKENS and not any(part in place for part in ELSEWHERE for place in above):
+            yield name, parameter
+
+
 def guess(model: nn.Module) -> tuple[nn.Module, Family] | None:
     """The module that looks like a vision tower, and the row that would describe it, as far as names can tell."""
     best = max(_lists(model), key=lambda found: (-found[0], len(found[3])), default=None)
     if best is None:
         return None
     _, tower, path, blocks = best
-    parts = dict(blocks[0].named_modules())
+    block = _one(blocks)
+    parts = dict(block.named_modules())
     attention = _attention(parts)
     module: Any = parts[attention]
-    stream = width(blocks[0], module) or _last(module.named_modules(), None)[1]
+    stream = width(block, module) or _last(module.named_modules(), None)[1]
     down, _ = _last(parts.items(), stream, f"{attention}.")
-    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    signature = inspect.signature(type(module).forward).parameters
+    arguments = list(signature)[1:]
     prefix, prefix_from = _prefix(tower, stream)
     segments = next((name for name in arguments if "cu_seq" in name), None)
     return tower, Family(
@@ -90,8 +102,8 @@ def guess(model: nn.Module) -> tuple[nn.Module, Family] | None:
         masks=tuple(name for name in arguments[1:] if "mask" in name.lower() or "bias" in name.lower()),
         rope=next((name for name in arguments if name in ("rope", "position_embeddings", "freqs", "rotary")), None),
         turn=next((name for name in ("rope", "rotary_emb") if callable(getattr(module, name, None))), None),
-        positions=next((name for name in arguments if "position" in name and name != "position_embeddings"), None),
-        packed=segments is not None,
+        positions=next((name for name in arguments if name in ("position_ids", "position_mask", "positions")), None),
+        packed=segments is not None and signature[segments].default is inspect.Parameter.empty,
         segments=segments,
         package=type(tower).__module__.split(".")[0],
     )
@@ -151,22 +163,36 @@ def _lists(model: nn.Module) -> Iterator[tuple[int, nn.Module, str, Any]]:
     for path, blocks in modules.items():
         if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len({type(block) for block in blocks}) != 1:
             continue
-        parts = dict(blocks[0].named_modules())
-        if type(blocks[0]).forward is nn.Module.forward or not _attention(parts):
+        block = _one(blocks)
+        if type(block).forward is nn.Module.forward or not _attention(dict(block.named_modules())):
             continue
         names = path.split(".")
         for up in range(1, len(names) + 1):
             tower = modules[".".join(names[:-up])]
-            if any(isinstance(part, (nn.Conv2d, nn.Conv3d)) or "patch" in name for name, part in tower.named_modules()):
+            if any(isinstance(part, (nn.Conv2d, nn.Conv3d)) or "embed" in name for name, part in tower.named_modules()):
                 yield up, tower, ".".join(names[-up:]), blocks
                 break
 
 
+def _one(blocks: Any) -> nn.Module:
+    """The first block of a list, or of the first chunk in it."""
+    first: nn.Module = blocks[0]
+    if isinstance(first, nn.ModuleList) and type(first).forward is not nn.Module.forward:
+        return next((part for part in first if not isinstance(part, nn.Identity)), first)
+    return first
+
+
 def _attention(parts: dict[str, Any]) -> str:
-    """The path of the part whose name says that it attends; where none does, of the one that is known to."""
-    named = [name for name in parts if "att" in name.split(".")[-1].lower() and "norm" not in name.lower()]
+    """The path of the part whose name says that it attends, or whose class does; of one in another, the inner one."""
+    named = [name for name in parts if "att" in name.split(".")[-1].lower() and not _aside(name)]
     known = [name for name, part in parts.items() if name and "attention" in type(part).__name__.lower()]
-    return next(iter(named or known), "")
+    first = next(iter(named or known), "")
+    return f"{first}.attention" if isinstance(parts.get(f"{first}.attention"), nn.Module) else first
+
+
+def _aside(name: str) -> bool:
+    """Whether a part's name says that it is beside an attention, its norm or dropout."""
+    return any(word in name.split(".")[-1].lower() for word in ("norm", "drop", "ln_", "scale"))
 
 
 def _last(parts: Any, size: int | None, not_in: str = "\0") -> tuple[str, int]:
@@ -181,14 +207,11 @@ def _last(parts: Any, size: int | None, not_in: str = "\0") -> tuple[str, int]:
 
 def _prefix(tower: nn.Module, stream: int) -> tuple[int, str | None]:
     """How many class tokens `tower` has, and which of its attributes says how many tokens stand with them."""
-    if isinstance(getattr(tower, "num_prefix_tokens", None), int):
-        return 0, "num_prefix_tokens"
-    count = sum(
-        parameter.numel() // max(1, stream)
-        for name, parameter in tower.named_parameters()
-        if name.split(".")[-1] in CLASS_TOKENS
-    )
-    paths = [path for name in COUNTS for path in (name, f"config.{name}")]
+    whole = next((path for path in WHOLE if isinstance(reach(tower, path), int)), None)
+    if whole:
+        return 0, whole
+    count = sum(parameter.numel() // max(1, stream) for _, parameter in class_tokens(tower))
+    paths = [path for name in NATIVE for path in (name, f"config.{name}")]
     return count, next((path for path in paths if isinstance(reach(tower, path), int)), None)
 
 

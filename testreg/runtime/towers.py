@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import families
 from .errors import UnsupportedModel
 from .families import REFUSED, Family
-from .guess import CLASS_TOKENS, NAME, unknown, width
+from .guess import NAME, class_tokens, unknown, width
 from .paths import each, reach
 
 
@@ -162,9 +162,8 @@ def _prefix(module: nn.Module, family: Family, differs: Any) -> int:
         raise differs(f"it has no {' or '.join(each(family.prefix_from or ()))}, which tells its prefix tokens")
     prefix = family.prefix + int(more)
     if not prefix and not family.prefix_from:
-        for name, _ in module.named_parameters():
-            if name.split(".")[-1] in CLASS_TOKENS:
-                raise differs(f"it has a {name}, where its family has no class token")
+        for name, _ in class_tokens(module):
+            raise differs(f"it has a {name}, where its family has no class token")
     return prefix
 
 
