@@ -48,7 +48,14 @@ loading = options(
     ),
 )
 IMAGES: dict[str, Any] = {"type": click.Path(), "help": "A folder of photos, or one; 16 to 64 are enough."}
+processing = options(
+    click.option("--processor", help="Process photos as this checkpoint does. Default: as MODEL does."),
+    click.option("--size", type=click.IntRange(min=1), help="Instead: pixels of the square that photos are cut to."),
+    click.option("--mean", help="With --size: R,G,B of pixels in 0..1. Default: ImageNet's."),
+    click.option("--std", help="With --size: R,G,B. Default: ImageNet's."),
+)
 running = options(
+    processing,
     click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Photos at a time.", show_default=True),
     click.option("--workers", type=click.IntRange(min=0), help="Processes that decode photos. Default: this one."),
     loading,
@@ -121,7 +128,26 @@ def running_with(given: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": given["batch_size"],
         "workers": given["workers"] or 0,
         "progress": leads() and sys.stderr.isatty(),
+        "processor": processor(given),
     }
+
+
+def processor(given: Mapping[str, Any]) -> Any:
+    """What the options say of how photos are processed; None where they say nothing."""
+    numbers = {name: _colour(given[name], f"--{name}") for name in ("mean", "std") if given.get(name)}
+    if numbers and not given.get("size"):
+        raise click.UsageError("--mean and --std go with --size.")
+    if given.get("processor") and given.get("size"):
+        raise click.UsageError("give --processor or --size, not both.")
+    return {"size": given["size"], **numbers} if given.get("size") else given.get("processor")
+
+
+def _colour(text: str, option: str) -> list[float]:
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not of the form R,G,B, as in 0.5,0.5,0.5.", param_hint=option) from error
+    return [red, green, blue]
 
 
 def span(text: str, option: str, example: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.errors import BadImages
 from . import decode, sources
+from .pixels import processor_from
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Batch:
 
 def stream(
     images: Any,
-    processor: Callable[..., Any] | None = None,
+    processor: Any = None,
     *,
     model: Any = None,
     batch_size: int = 16,
@@ -61,7 +62,9 @@ def stream(
             these, nested or not (list, generator, data set, DataLoader). Numbers and 0-d or 1-d arrays beside the
             images are labels and passed over.
         processor: turns an image into inputs: an image processor of transformers, a full Processor that has one, or a
-            function from a PIL image to a tensor (channels, height, width), such as timm's and open_clip's transforms.
+            function from a PIL image to a tensor (channels, height, width), such as timm's and open_clip's transforms;
+            or the name of a checkpoint that has one; or what makes one, `{"size": 518, "mean": ..., "std": ...}` (see
+            `testreg.images.pixels.Pixels`).
         model: whose own processor to use where none is given (see `processor_for`).
         batch_size: images per batch, at least 1; fewer at the end, and where images come in several shapes.
         workers: processes that decode and process; 0 = this one. The batches are the same.
@@ -80,13 +83,13 @@ def stream(
     for path in images if isinstance(images, (list, tuple)) else [images]:
         if isinstance(path, (str, os.PathLike)):
             sources.existing(path)  # a typo costs nothing here, and much at the end of a long run
-    missing = "pass processor=transformers.AutoImageProcessor.from_pretrained(...)"
+    missing = "pass processor=NAME_OF_A_CHECKPOINT, or processor=dict(size=..., mean=..., std=...)"
+    processor = processor_from(processor)
     if processor is None and model is not None:
         try:
             processor = processor_for(model)
         except BadImages as error:  # which matters only if an image turns up that needs it
             missing = str(error)
-    processor = getattr(processor, "image_processor", processor)
     if processor is not None and not callable(processor):
         raise BadImages(f"{type(processor).__name__} is no image processor: a callable is needed.")
     return ImageStream(images, processor, batch_size, workers, missing, share)
@@ -104,8 +107,8 @@ def processor_for(model: Any) -> Any:
     from transformers import AutoImageProcessor  # slow to import, and tensors need none
 
     how = (
-        "pass processor=transformers.AutoImageProcessor.from_pretrained(NAME) with the name of a checkpoint that the "
-        "model resembles, or images as tensors of processed pixel values"
+        "pass processor=NAME (--processor NAME) with the name of a checkpoint that the model resembles, "
+        "processor=dict(size=..., mean=..., std=...) (--size --mean --std), or images as tensors of processed pixel values"
     )
     name = getattr(model, "name_or_path", "")
     if not name:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..finding.observe import NOTHING, grid, observe, run
 from ..finding.trial import Threshold
+from ..images.pixels import processor_from
 from ..images.streaming import processor_for, stream
 from ..metrics.outliers import interpolate
 from ..runtime.towers import Tower, find_tower
@@ -152,7 +153,7 @@ def arms(
     Raises:
         BadPlan: the plan does not fit the model.
     """
-    processor = processor or processor_for(model)
+    processor = processor_from(processor) or processor_for(model)
     found = [Arm(UNPATCHED, model, processor, NOTHING)]
     if plan is not None:
         check(find_tower(model), plan)
