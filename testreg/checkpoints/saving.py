@@ -109,7 +109,7 @@ def save(
                 files={name: sha256(build / name) for name in [*weights, PLAN]},
                 base_config=base_config,
                 config=config_sha256(base_config),
-                base=base.describe(model),
+                base=base.describe(model, acting.plan.neurons),
                 init=_init(model),
                 attention=_attention(model),
                 versions={

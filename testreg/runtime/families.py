@@ -27,11 +27,12 @@ class Family:
         prefix_from: attribute of the tower that holds how many more there are (native registers), if any.
         seed: the norm between embeddings and first block, which a register that joins with the embeddings passes too.
         masks: the attention's arguments that are masks or biases over its tokens.
-        padded: the first of them marks patches that are padding.
+        padded: the first of them marks patches that are padding, which the family has.
         rope: the attention's argument that holds rotary tables, if any.
         turn: the attention's own callable that turns queries and keys `(batch, heads, tokens, channels)`, if any.
         positions: the attention's argument that holds the tokens' positions, 0 to tokens - 1 where it is not given.
         bias: the module of a block, or of its attention, that makes a position bias for the tokens it is told of.
+        shared_bias: the module of the tower that makes one for all blocks.
         sequence_first: blocks take `(tokens, batch, channels)`.
         packed: blocks take the tokens of all images in one sequence, `(tokens, channels)` or `(1, tokens, channels)`;
             only registers that attention alone sees can be had there.
@@ -55,6 +56,7 @@ class Family:
     turn: str | None = None
     positions: str | None = None
     bias: str | tuple[str, ...] = ()
+    shared_bias: str | tuple[str, ...] = ()
     sequence_first: bool = False
     packed: bool = False
     segments: str | None = None
@@ -69,6 +71,7 @@ SWIGLU = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
 BIASED: dict[str, Any] = {
     "masks": ("attention_mask", "relative_position_bias"),
     "bias": ("relative_position_bias", "attention.attention.relative_position_bias"),
+    "shared_bias": ("shared_position_bias", "encoder.relative_position_bias"),
 }
 TIMM: dict[str, Any] = {
     "attention": "attn",

@@ -7,13 +7,21 @@ from typing import Any
 
 def reach(module: Any, paths: str | tuple[str, ...]) -> Any:
     """The attribute at a dotted path, or at the first of several that is there; None where there is none."""
-    for path in each(paths):
-        found: Any = module
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if found is not None:
-            return found
-    return None
+    path = path_to(module, paths)
+    return None if path is None else walk(module, path)
+
+
+def path_to(module: Any, paths: str | tuple[str, ...]) -> tuple[str, ...] | None:
+    """The dotted path, or the first of several, at which there is something, in its parts; None where there is none."""
+    parts = (tuple(path.split(".")) for path in each(paths))
+    return next((path for path in parts if walk(module, path) is not None), None)
+
+
+def walk(module: Any, path: tuple[str, ...]) -> Any:
+    """The attribute at a path in its parts; None where there is none."""
+    for name in path:
+        module = getattr(module, name, None)
+    return module
 
 
 def each(names: str | tuple[str, ...]) -> tuple[str, ...]:
