@@ -13,9 +13,9 @@ from torch import nn
 from .carrier import Carrier
 from .errors import AnotherModel, BadPlan, TestregError
 from .paths import path_to, reach, walk
-from .towers import Tower, find_tower, resolve
+from .towers import Tower, blocks_of, find_tower, resolve
 from .fingerprint import fits
-from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, Rows
+from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows, Turn
 from .guard import PATCHES, Guard, acting
 from .plan import RegisterPlan
 from .relay import Record, Relay
@@ -79,6 +79,7 @@ class Patch:
         self._guard = Guard(model if isinstance(model, nn.Module) else model.model)  # the latter in a pipeline
         self._relay = Relay(tower, plan)
         self._worn: list[Forward] = []
+        self._turns: list[Turn] = []
         self._hooks: list[Any] = []
         self._stack().append(self)
         self._show_top()
@@ -117,7 +118,7 @@ class Patch:
             TestregError: the model was changed so far that the plan does not fit it.
         """
         tower = self.tower
-        blocks = tuple(reach(tower.module, tower.row.blocks) or ())
+        blocks = blocks_of(tower.module, tower.row)
         if not self._hooks or all(self._still(worn, blocks) for worn in self._worn):
             return
         self._uninstall()
@@ -167,7 +168,10 @@ class Patch:
             if plan.registers and index >= plan.entry:
                 acts |= ATTENTION
                 in_block = path_to(block, tower.row.attention)
-                self._wear((Attention if carries else Rows)(relay, index, attention), in_block)
+                rows = PackedRows if tower.row.segments else Rows
+                self._wear((Attention if carries else rows)(relay, index, attention), in_block)
+                if tower.row.turn and getattr(attention, tower.row.turn, None) is not None:
+                    self._turns.append(Turn(relay, attention, tower.row.turn))
                 bias = reach(block, tower.row.bias)
                 if bias is not None:
                     self._wear(Bias(relay, index, bias, inside=bias in list(attention.modules())))
@@ -190,8 +194,9 @@ class Patch:
     def _uninstall(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        while self._worn:
-            self._worn.pop().take_off()
+        for put in (self._worn, self._turns):
+            while put:
+                put.pop().take_off()
         self._guard.off()
 
     def _before(self, module: nn.Module, args: Any) -> None:
@@ -228,6 +233,12 @@ def check(tower: Tower, plan: RegisterPlan) -> None:
         what = f"the {tower.family} tower {type(tower.module).__name__}"
         return BadPlan(f"{wants}, but {what} has {has}: the plan was made for another model.")
 
+    if tower.row.packed and plan.registers and plan.form != "attention":
+        raise BadPlan(
+            f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
+            f"belong to all of them: only registers that attention alone sees fit it (form='attention'), not {plan.form} "
+            f"ones."
+        )
     blocks = f"blocks 0 to {len(tower.blocks) - 1}"
     if plan.entry >= len(tower.blocks):
         raise misfit(blocks, f"the registers join before block {plan.entry}")

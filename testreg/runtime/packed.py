@@ -38,8 +38,8 @@ def places(segments: Tensor, tokens: int, registers: int, counts: list[int] | No
 
     Args:
         segments: where each begins and ends, `(segments + 1,)`, as in `cu_seqlens`.
-        counts: how many of the rows are in front of each segment, where not all of them: a smaller or larger number.
-            The rows come again from the first where there are more.
+        counts: how many of the rows are in front of each segment, where not all of them once: each as often as it has
+            its share in them.
     """
     device, many = segments.device, len(segments) - 1
     each = torch.full((many,), registers, device=device) if counts is None else torch.tensor(counts, device=device)
@@ -50,9 +50,11 @@ def places(segments: Tensor, tokens: int, registers: int, counts: list[int] | No
     place = torch.arange(tokens + (many * registers if counts is None else sum(counts)), device=device)
     segment = torch.searchsorted(grown[1:].contiguous(), place, right=True)
     offset = place - grown[segment]  # from where its segment begins
-    own = offset < each[segment]
-    sources = torch.where(own, offset % max(1, registers), registers + place - more[segment])
-    return Places(grown.to(segments.dtype), kept, sources, registers, registers if counts is None else max(counts))
+    share = each[segment]
+    dealt = (2 * offset + 1) * registers // (2 * share).clamp(min=1)  # which of the rows, as `redirect.dealt` has it
+    sources = torch.where(offset < share, dealt, registers + place - more[segment])
+    most = registers if counts is None else max(counts, default=0)
+    return Places(grown.to(segments.dtype), kept, sources, registers, most)
 
 
 def join(registers: Tensor, tokens: Tensor, at: Places) -> Tensor:

@@ -72,7 +72,7 @@ class Relay:
     def count(self, tokens: Any) -> Any:
         """How many registers go with so many tokens, prefix tokens among them."""
         plan = self.plan
-        if plan.law is None:
+        if plan.law is None or self.tower.row.packed:  # packed, they are shared by images of any number of patches
             return plan.registers
         patches = tokens - self.tower.prefix
         if type(patches) is int and not self.told and not plan.law.reaches(patches):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +46,11 @@ class Tower:
         A tensor alone, first in a tuple, or the only one of a list; of a packed tower, one image.
         """
         tensor: Tensor = value[0] if isinstance(value, (tuple, list)) else value
-        if self.sequence_first:
-            return tensor.transpose(0, 1)
-        return tensor[None] if tensor.ndim == 2 else tensor
+        return tensor[None] if tensor.ndim == 2 else self.turned(tensor)
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """From the order of axes that blocks have to `(batch, tokens, channels)`, and back; a view."""
+        return tensor.transpose(0, 1) if self.sequence_first else tensor
 
 
 def find_tower(model: nn.Module) -> Tower:
@@ -96,6 +97,17 @@ def belongs(module: nn.Module, family: Family) -> bool:
     )
 
 
+def blocks_of(module: nn.Module, family: Family) -> tuple[nn.Module, ...]:
+    """The blocks of a tower one by one, where they may come in chunks: lists that count those before them by modules
+    that do nothing.
+    """
+    blocks: list[nn.Module] = []
+    for block in reach(module, family.blocks) or ():
+        chunk = isinstance(block, nn.ModuleList) and reach(block, family.attention) is None
+        blocks += [part for part in block if not isinstance(part, nn.Identity)] if chunk else [block]
+    return tuple(blocks)
+
+
 def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     """The tower that a row describes, if `module` is built so.
 
@@ -109,7 +121,7 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
             f"family, and cannot be patched."
         )
 
-    blocks = tuple(_single(reach(module, family.blocks), family))
+    blocks = blocks_of(module, family)
     if not blocks:
         raise UnsupportedModel(f"{type(module).__name__} has no blocks, so there is nothing to patch.")
     downs, attentions = [], []
@@ -145,15 +157,6 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
         neurons=tuple(int(down.in_features) for down in downs),
         sequence_first=family.sequence_first if first is None else not first,
     )
-
-
-def _single(blocks: Any, family: Family) -> Iterator[nn.Module]:
-    """Blocks one by one, where they may come in chunks, which count those before them by modules that do nothing."""
-    for block in blocks:
-        if isinstance(block, nn.ModuleList) and reach(block, family.attention) is None:
-            yield from (part for part in block if not isinstance(part, nn.Identity))
-        else:
-            yield block
 
 
 def _prefix(module: nn.Module, family: Family, differs: Any) -> int:
