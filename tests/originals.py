@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn import functional
+from torch.nn.functional import silu
 
 CHANNELS, HEADS, BLOCKS, NEURONS, PATCH, SIZE = 32, 4, 3, 48, 8, 32
 
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.proj(scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2))
+        return self.proj(functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attend(*self.parts(x))
@@ -414,7 +415,7 @@ class PerceptionAttention(nn.Module):
         query, key, value = joined.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.rope:
             query, key = self.rope(query, key)
-        return self.out_proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.out_proj(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class PerceptionBlock(CustomResidualAttentionBlock):
@@ -691,6 +692,7 @@ _IJepa.__name__ = _VJepa2.__name__ = "VisionTransformer"
 class MaskedAutoencoderViT(Embedded):
     def __init__(self) -> None:
         super().__init__()
+        self.noise = nn.Buffer(torch.rand(1, (SIZE // PATCH) ** 2, generator=torch.Generator().manual_seed(0)))
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
         self.decoder_embed = nn.Linear(CHANNELS, CHANNELS)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, CHANNELS))
@@ -699,7 +701,7 @@ class MaskedAutoencoderViT(Embedded):
 
     def forward(self, imgs: Tensor, mask_ratio: float = 0.75) -> Tensor:
         x = self.patch_embed(imgs).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        order = torch.rand(x.shape[:2], device=x.device, generator=torch.Generator().manual_seed(0)).argsort(1)
+        order = self.noise.expand(len(x), -1).argsort(1)  # the original draws it anew, for each image its own
         kept = order[:, : int(x.shape[1] * (1 - mask_ratio))]
         x = x.gather(1, kept[..., None].expand(-1, -1, CHANNELS))
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)

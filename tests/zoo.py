@@ -268,6 +268,8 @@ RADIO = {
     "patch_size": PATCH, "max_img_size": SIZE, "num_cls_tokens": 3, "num_registers": 5, "summary_idxs": [0, 2],
 }  # fmt: skip
 
+GATED = {"use_swiglu_ffn": True, "mlp_ratio": 2.25}  # two thirds of that
+
 MODELS: Mapping[str, Mapping[str, Tiny]] = {
     "vit": {
         "ViTModel": _tiny("ViTModel", "ViTConfig", other=INTERPOLATED),
@@ -484,12 +486,13 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
     },
     "ovis2": {
         "Ovis2VisionModel": _hidden(
-            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=64, num_visual_indicator_tokens=4, hidden_stride=1
+            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=64, num_visual_indicator_tokens=4, hidden_stride=1,
+            tokenize_function="softmax",
         )
     },
     "radio": {
         "RadioModel": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO)), images(), ANY_SIZE),
-        "RadioModel-SwiGLU": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO, use_swiglu_ffn=True)), images()),
+        "RadioModel-SwiGLU": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO | GATED)), images()),
     },
     "openai-clip": {
         "clip.VisionTransformer": _from("clip.model", _openai_clip),

@@ -182,7 +182,7 @@ FAMILIES: dict[str, Family] = {
         "blocks",
         W3,
         "attn",
-        masks=("rel_pos_bias", "attn_mask"),
+        masks=("attn_mask", "rel_pos_bias"),
         turn="rope",
         package="eva_clip",
     ),

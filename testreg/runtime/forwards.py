@@ -221,36 +221,34 @@ class PackedRows(Rows):
         return (packed.leave(output[0], at), *maps)
 
 
-class Turn:
-    """An attention's own callable that turns queries and keys, which the registers' rows in front pass unturned.
+class Turn(Forward):
+    """A module that turns queries and keys, whose registers in front pass unturned; several attentions may share it."""
 
-    It stands in the attention's attributes, where it hides the callable: several attentions may share that.
-    """
-
-    def __init__(self, relay: Relay, module: nn.Module, name: str):
-        self.relay, self.module, self.name = relay, module, name
-        self.original = getattr(module, name)
-        self.own = name in vars(module)
-        vars(module)[name] = self
-
-    def __call__(self, *values: Tensor) -> Any:
+    def forward(self, *values: Tensor, **kwargs: Any) -> Any:
         here = self.relay.here
-        registers = here.registers if here.block is not None or self.relay.plan.form == "attention" else 0
-        turned = self.original(*(value[..., registers:, :] for value in values))  # each (batch, heads, tokens, channels)
-        several = isinstance(turned, (tuple, list))
-        whole = [
-            torch.cat([value[..., :registers, :], part], dim=-2)
-            for value, part in zip(values, turned if several else [turned], strict=True)
-        ]
-        return tuple(whole) if several else whole[0]
+        if self.off or (here.block is None and self.relay.plan.form != "attention"):
+            return self.original(*values, **kwargs)
+        return redirect.beside(self.original, here.registers, *values, **kwargs)
+
+
+class TurnCall:
+    """The same of a callable that is no module: it stands in the attention's attributes, in place of that."""
+
+    def __init__(self, relay: Relay, attention: nn.Module, name: str):
+        self.relay, self.attention, self.name = relay, attention, name
+        self.original = getattr(attention, name)
+        setattr(attention, name, self)
+
+    def __call__(self, *values: Tensor, **kwargs: Any) -> Any:
+        here = self.relay.here
+        if here.block is None and self.relay.plan.form != "attention":
+            return self.original(*values, **kwargs)
+        return redirect.beside(self.original, here.registers, *values, **kwargs)
 
     def take_off(self) -> None:
-        """Let the attention see its own callable again."""
-        if vars(self.module).get(self.name) is self:
-            if self.own:
-                vars(self.module)[self.name] = self.original
-            else:
-                del vars(self.module)[self.name]
+        """Give the attention its own callable back."""
+        if getattr(self.attention, self.name) is self:
+            setattr(self.attention, self.name, self.original)
 
 
 class Bias(Forward):

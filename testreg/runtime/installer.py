@@ -15,7 +15,7 @@ from .errors import AnotherModel, BadPlan, TestregError
 from .paths import path_to, reach, walk
 from .towers import Tower, blocks_of, find_tower, resolve
 from .fingerprint import fits
-from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows, Turn
+from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows, Turn, TurnCall
 from .guard import PATCHES, Guard, acting
 from .plan import RegisterPlan
 from .relay import Record, Relay
@@ -79,7 +79,7 @@ class Patch:
         self._guard = Guard(model if isinstance(model, nn.Module) else model.model)  # the latter in a pipeline
         self._relay = Relay(tower, plan)
         self._worn: list[Forward] = []
-        self._turns: list[Turn] = []
+        self._turns: list[TurnCall] = []
         self._hooks: list[Any] = []
         self._stack().append(self)
         self._show_top()
@@ -170,8 +170,7 @@ class Patch:
                 in_block = path_to(block, tower.row.attention)
                 rows = PackedRows if tower.row.segments else Rows
                 self._wear((Attention if carries else rows)(relay, index, attention), in_block)
-                if tower.row.turn and getattr(attention, tower.row.turn, None) is not None:
-                    self._turns.append(Turn(relay, attention, tower.row.turn))
+                self._wear_turn(index, attention)
                 bias = reach(block, tower.row.bias)
                 if bias is not None:
                     self._wear(Bias(relay, index, bias, inside=bias in list(attention.modules())))
@@ -183,6 +182,15 @@ class Patch:
         shared = reach(tower.module, tower.row.shared_bias)
         if shared is not None and plan.registers:
             self._wear(Bias(relay, 0, shared, inside=False))
+
+    def _wear_turn(self, index: int, attention: nn.Module) -> None:
+        name = self.tower.row.turn
+        turn = getattr(attention, name, None) if name else None
+        if isinstance(turn, nn.Module):
+            if not any(worn.module is turn for worn in self._worn):
+                self._wear(Turn(self._relay, index, turn))
+        elif turn is not None and name is not None:
+            self._turns.append(TurnCall(self._relay, attention, name))
 
     def _wear(self, instead: Forward, path: tuple[str, ...] | None = None) -> None:
         # An instance attribute is the least invasive place: no subclass, no wrapper module, no key of the state dict

@@ -96,7 +96,7 @@ class Relay:
             return self.here.registers
         if torch._C._current_graph_task_id() < 0:
             return None
-        length, prefix = tokens.shape[1], self.tower.prefix
+        length, prefix = self.tower.turned(tokens).shape[1], self.tower.prefix
         registers: int = max(self.plan.registers_for(1), self.plan.registers_for(length))
         while registers and registers > self.plan.registers_for(max(1, length - registers - prefix)):
             registers -= 1
