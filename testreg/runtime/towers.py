@@ -13,6 +13,8 @@ from .families import REFUSED, Family
 from .guess import NAME, class_tokens, unknown, width
 from .paths import each, reach
 
+NATIVE = ("register_token", "storage_token", "reg_token")  # in the names of native registers
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -161,6 +163,8 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
 
 def _prefix(module: nn.Module, family: Family, differs: Any) -> int:
     more = reach(module, family.prefix_from) if family.prefix_from else 0
+    if more is None and family.prefix and not any(native in name for name, _ in module.named_parameters() for native in NATIVE):
+        more = 0  # a release before there were native registers
     if more is None:
         raise differs(f"it has no {' or '.join(each(family.prefix_from or ()))}, which tells its prefix tokens")
     prefix = family.prefix + int(more)
