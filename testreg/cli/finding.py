@@ -154,6 +154,8 @@ def _find(model: Any, given: Mapping[str, Any], *, force: bool) -> Any:
 
     names = ("threshold", "top_k", "registers", "form", "entry", "recipe")
     wanted = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("sizes"):
+        wanted["sizes"] = given["sizes"]
     if given.get("blocks") is not None:
         wanted["blocks"] = span(given["blocks"], "--blocks", "3-8")
     return search(model, given["images"], force=force, **wanted, **running_with(given))

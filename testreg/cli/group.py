@@ -70,7 +70,16 @@ choices = options(
     click.option("--top-k", type=int, help="Number of register neurons."),
     click.option("--registers", type=int, help="Number of registers."),
     click.option(
-        "--form", type=click.Choice(["dynamic", "constant"]), help="What the registers hold: maxima, or a constant."
+        "--form",
+        type=click.Choice(["attention", "constant", "dynamic"]),
+        help="Rows that attention alone sees, tokens that hold a constant, or tokens that get the neurons' maxima.",
+    ),
+    click.option(
+        "--size",
+        "sizes",
+        type=click.IntRange(min=1),
+        multiple=True,
+        help="A side in pixels at which the plan shall hold too; may be given again. Default: a smaller and a larger.",
     ),
     click.option("--entry", type=int, help="Block before which the registers join; 0 = with the embeddings."),
     click.option(

@@ -25,7 +25,9 @@ from .ondisk import OnDisk
 PER_OCTAVE = 32  # histogram bins per factor of two: quantiles are good to 2 %
 LOWEST = -24  # log2 of the lowest bin
 BINS = 48 * PER_OCTAVE
-SAMPLE = 48  # images that are kept: a third each for ranking, trials and guard
+TRIED = 16  # images to rank neurons on, and as many to try plans on
+GUARD = 256  # and those that the guard looks at, at most
+SAMPLE = 2 * TRIED + GUARD  # images that are kept
 PADDING = ("pixel_attention_mask", "patch_attention_mask")  # inputs that say which patches are none
 PATCHES = 256  # patches of a kept image whose features are compared before and after
 FEATURES = "last.features"  # a name that no input of a model can have

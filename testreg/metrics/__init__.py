@@ -1,7 +1,7 @@
 """Was it worth it? Pure functions of tensors; nothing here runs a model."""
 
 from .agreement import Agreement, agreement
-from .bootstrap import Interval, bootstrap
+from .bootstrap import Interval, bootstrap, share
 from .classify import knn, top1, zero_shot
 from .lost import located, lost, overlap
 from .outliers import BlockNorms, block_norms, interpolate, ratios
@@ -30,6 +30,7 @@ __all__ = [
     "pixel_ap",
     "ratios",
     "received",
+    "share",
     "sink_rate",
     "sinks",
     "split",
