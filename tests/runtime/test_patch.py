@@ -15,7 +15,7 @@ from zoo import FIRST, ROWS, attention, build, given, pixels, tensors
 
 from testreg import BadPlan, RegisterPlan, TestregError, active, patch
 from testreg.runtime import redirect
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 from testreg.runtime.law import Law
 
 EVERY = pytest.mark.parametrize("name", list(ROWS))
