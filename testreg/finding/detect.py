@@ -26,7 +26,7 @@ STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
 SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
 FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
-SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2")  # what multiplies an MLP's output
+SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2", "ls2")  # what multiplies an MLP's output
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,11 @@ def rank(
                 raise Enough
 
         def activations(index: int, outliers: Tensor = outliers) -> Any:
-            return lambda module, args: sums[index].add(args[0][:, -outliers.shape[1] :], outliers)
+            return lambda module, args: sums[index].add(tower.batched(args[0])[:, -outliers.shape[1] :], outliers)
 
         def into_attention(index: int, outliers: Tensor = outliers) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                patches = (args[0] if args else next(iter(kwargs.values())))[:, -outliers.shape[1] :]
+                patches = tower.batched(args or tuple(kwargs.values()))[:, -outliers.shape[1] :]
                 given[index].append(patches[outliers.to(patches.device)].float().cpu())
 
             return hook

@@ -24,6 +24,14 @@ from .scan import Kept
 from .text_inspection import TextInspection
 from .trial import Threshold
 
+NATIVE = (
+    "config.num_register_tokens",
+    "config.num_registers",
+    "num_reg_tokens",
+    "num_register_tokens",
+    "n_storage_tokens",
+    "patch_generator.num_registers",
+)
 FEW = 4  # images whose attention maps are looked at
 
 
@@ -146,6 +154,7 @@ def inspect(
         return language.inspect(model, text, tokenizer=tokenizer, batch_size=batch_size)
     tower = find_tower(model)
     check_threshold(threshold)
+    batch_size = 1 if tower.row.packed else batch_size  # images of one sequence are told apart by being alone
     batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
 
     def decide(parts: list[Counted]) -> Inspection:
@@ -198,4 +207,4 @@ def _attending(model: nn.Module, tower: Tower, images: Iterable[Kept]) -> Attend
 
 
 def _native(tower: Tower) -> int:
-    return int(reach(tower.module, ("config.num_register_tokens", "num_reg_tokens")) or 0)
+    return int(reach(tower.module, NATIVE) or 0)

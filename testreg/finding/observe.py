@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,7 @@ def observe(
     attentions = tuple(attentions)
     try:
         for block in states:
-            handles.append(tower.blocks[block].register_forward_hook(_keep_state(seen, block)))
+            handles.append(tower.blocks[block].register_forward_hook(_keep_state(tower, seen, block)))
         for block in keys:
             handles.append(_keep_keys(tower, seen, block))
         for block in attentions:
@@ -83,11 +83,22 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
         name: value.to(device, weight.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
     names = inspect.signature(module.forward).parameters
+    if tower.row.packed:
+        placed = _packed(placed, tower, names)
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
     first = () if "pixel_values" in names or "pixel_values" not in placed else (placed.pop("pixel_values"),)  # timm's x
     with torch.no_grad():
         return module(*first, **placed)
+
+
+def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> dict[str, Any]:
+    """Inputs with an axis of images as a packed tower has them: without it, and called as its arguments are."""
+    pixels = inputs["pixel_values"]  # (images, patches, ...), or (images, channels, height, width)
+    if any("grid" in name for name in inputs) and not tower.row.batch_of_patches:
+        pixels = pixels.flatten(0, 1)  # (patches, ...)
+    called = {name: name if name in names else name.removeprefix("image_") for name in inputs}
+    return {**{called[name]: value for name, value in inputs.items()}, "pixel_values": pixels}
 
 
 def grid(height: int, width: int, patches: int) -> tuple[int, int]:
@@ -105,9 +116,9 @@ def grid(height: int, width: int, patches: int) -> tuple[int, int]:
     )
 
 
-def _keep_state(seen: Seen, block: int) -> Any:
+def _keep_state(tower: Tower, seen: Seen, block: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen.states[block] = output[0] if isinstance(output, tuple) else output
+        seen.states[block] = tower.batched(output)
 
     return hook
 
@@ -159,21 +170,24 @@ def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
     attention = tower.attentions[block]
 
     def keep(keys: Tensor) -> None:
-        seen.keys[block] = keys[:, _registers(tower, block) :]
+        seen.keys[block] = tower.turned(keys)[:, _registers(tower, block) :]
 
+    if tower.row.packed:
+        raise UnsupportedModel(
+            f"{type(tower.module).__name__} packs all images into one sequence: its keys cannot be read image by image."
+        )
     for name, part in attention.named_modules():
         last = name.split(".")[-1]
         if last in ("k_proj", "key"):
             return part.register_forward_hook(lambda module, args, output: keep(output))
-        if last == "qkv":  # one linear for queries, keys and values
+        if last in ("qkv", "in_proj"):  # one linear for queries, keys and values
             return part.register_forward_hook(lambda module, args, output: keep(output.chunk(3, dim=-1)[1]))
-    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None:
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    weight, bias = (getattr(attention, f"in_proj_{name}", None) for name in ("weight", "bias"))
+    if isinstance(weight, Tensor):
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            source = args[1] if len(args) > 1 else kwargs["key"]
-            keys = nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1])
-            keep(keys if attention.batch_first else keys.transpose(0, 1))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            source = kwargs.get("key", args[1] if isinstance(attention, nn.MultiheadAttention) and args[1:] else args[0])
+            keep(nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]))
 
         return attention.register_forward_pre_hook(hook, with_kwargs=True)
     raise UnsupportedModel(

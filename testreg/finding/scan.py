@@ -28,7 +28,7 @@ BINS = 48 * PER_OCTAVE
 TRIED = 16  # images to rank neurons on, and as many to try plans on
 GUARD = 256  # and those that the guard looks at, at most
 SAMPLE = 2 * TRIED + GUARD  # images that are kept
-PADDING = ("pixel_attention_mask", "patch_attention_mask")  # inputs that say which patches are none
+PADDING = ("pixel_attention_mask", "patch_attention_mask", "patch_valid")  # inputs that say which patches are none
 PATCHES = 256  # patches of a kept image whose features are compared before and after
 FEATURES = "last.features"  # a name that no input of a model can have
 
@@ -227,7 +227,8 @@ def summary(output: Any, tokens: Tensor, tower: Tower) -> Tensor:
     for name in ("logits", "image_embeds", "pooler_output"):
         found = getattr(output, name, None)
         if isinstance(found, Tensor) and found.ndim == 2:
-            return found.float()
+            # A packed tower pools patches in squares, so of its one image there are many.
+            return found.float().mean(0, keepdim=True) if tower.row.packed else found.float()
     if isinstance(output, Tensor) and output.ndim == 2:  # timm's models give logits as they are
         return output.float()
     return (tokens[:, 0] if tower.prefix else tokens.mean(1)).float()
@@ -238,7 +239,7 @@ def outputs(tower: Tower, read: Callable[[int, Tensor], None]) -> Iterator[None]
     """Inside the `with`, `read(index, tokens)` gets every block's output `(images, tokens, channels)`."""
 
     def hook(index: int) -> Any:
-        return lambda module, args, output: read(index, output[0] if isinstance(output, tuple) else output)
+        return lambda module, args, output: read(index, tower.batched(output))
 
     handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(tower.blocks)]
     try:

@@ -93,6 +93,7 @@ def find(
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe, sizes)
     _check(wanted, tower)
+    batch_size = 1 if tower.row.packed else batch_size  # images of one sequence are told apart by being alone
     batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
 
     def decide(parts: list[Counted]) -> RegisterPlan:
@@ -121,7 +122,7 @@ def find(
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "sizes": measured,
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-            "resolution": _resolution(next(iter(sample)).inputs["pixel_values"]),
+            "resolution": None if tower.row.packed else _resolution(next(iter(sample)).inputs["pixel_values"]),
             "artefact": found.to_dict(),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,

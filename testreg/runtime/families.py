@@ -38,6 +38,7 @@ class Family:
             only registers that attention alone sees can be had there.
         segments: the attention's argument that says where each image begins and ends in that sequence,
             `(segments + 1,)`; None where a mask does, so that registers are shared by all images.
+        batch_of_patches: a packed tower takes patches as `(1, patches, ...)`.
         merge: attribute of a packed tower: patches come in squares of so many by so many; None = row by row.
         window: attribute of a packed tower: patches come window by window, each of so many pixels by so many.
         package: top-level package of the tower class, or several.
@@ -60,6 +61,7 @@ class Family:
     sequence_first: bool = False
     packed: bool = False
     segments: str | None = None
+    batch_of_patches: bool = False
     merge: str | None = None
     window: str | None = None
     package: str | tuple[str, ...] = "transformers"
@@ -225,7 +227,9 @@ FAMILIES: dict[str, Family] = {
     "glm-image": _packed("GlmImageVisionModel", merge=MERGED),
     "ernie-4.5-vl": _packed("Ernie4_5_VLMoeVisionTransformerPretrainedModel", merge=MERGED),
     "videollama-3": _packed("VideoLlama3VisionModel", blocks="encoder.layers", attention="self_attn", merge=MERGED),
-    "paddleocr-vl": _packed("PaddleOCRVisionTransformer", blocks="encoder.layers", attention="self_attn"),
+    "paddleocr-vl": _packed(
+        "PaddleOCRVisionTransformer", blocks="encoder.layers", attention="self_attn", batch_of_patches=True
+    ),
     "kimi": _packed("Kimi_K25VisionModel", blocks="layers"),
     "hunyuan-vl": _packed("HunYuanVLVisionTransformer", blocks="layers", attention="self_attn"),
     "minimax-m3": _packed("MiniMaxM3VLVisionModel", blocks="layers", attention="self_attn", merge=MERGED),
