@@ -93,7 +93,9 @@ def find(
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe, sizes)
     _check(wanted, tower)
-    batch_size = 1 if tower.row.packed else batch_size  # images of one sequence are told apart by being alone
+    if tower.row.packed:
+        wanted = replace(wanted, form="attention")
+        batch_size = 1  # images of one sequence are told apart by being alone
     batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
 
     def decide(parts: list[Counted]) -> RegisterPlan:
@@ -111,7 +113,7 @@ def find(
             )
             plan = search.best()
             others = Sizes(model, tower, found, batches, [*tried, *ranked], held, batch_size, bar.update)
-            fixed = registers is not None or recipe == "paper"
+            fixed = registers is not None or recipe == "paper" or tower.row.packed
             plan, measured = others.fitted(plan, search.bench, () if fixed and sizes is None else sizes)
         guard = Bench(model, tower, held, found.threshold, found.block, batch_size)
         score = guard.score(plan)
@@ -225,6 +227,16 @@ def _check(wanted: Wanted, tower: Tower) -> None:
     sides: Any = wanted.sizes
     if sides is not None and not (isinstance(sides, (tuple, list)) and all(_whole(side, 1, 2**15) for side in sides)):
         raise BadPlan(f"sizes must be sides in pixels, as in (160, 448), not {sides!r:.100}.")
+    if tower.row.packed and (wanted.form in ("dynamic", "constant") or wanted.recipe == "paper"):
+        raise BadPlan(
+            f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
+            f"belong to all of them: only form='attention' and recipe='auto' fit it."
+        )
+    if tower.row.packed and sides:
+        raise BadPlan(
+            f"{type(tower.module).__name__} takes each image at a size of its own, so sizes cannot be set: give images "
+            f"of the sizes that matter."
+        )
     if wanted.form == "constant" and wanted.entry == 0:
         raise BadPlan(
             "constant registers hold what outlier patches have inside the network, so entry must be 1 or more; only "
