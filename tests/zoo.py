@@ -43,12 +43,14 @@ class Tiny:
         inputs: gives example inputs of a batch of images.
         other: inputs of other sizes that the model takes, non-square ones among them.
         text: the model reads text as well.
+        single: its norms compute in single precision, so that its weights cannot all be of another.
     """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
     other: tuple[Callable[[int], dict[str, Any]], ...] = ()
     text: bool = False
+    single: bool = False
 
 
 def given(down: nn.Module) -> list[Tensor]:
@@ -160,10 +162,17 @@ def _two_towers(model: str, config: str, text: Mapping = {}, inputs: Any = None,
     )
 
 
-def _from(package: str, make: Callable[[Any], nn.Module], name: str = "x", other: Any = (), shape: Any = None) -> Tiny:
+def _from(
+    package: str,
+    make: Callable[[Any], nn.Module],
+    name: str = "x",
+    other: Any = (),
+    shape: Any = None,
+    single: bool = False,
+) -> Tiny:
     """A model of an optional package, imported when it is built."""
     other = tuple(named(name, inputs) for inputs in other)
-    return Tiny(lambda: make(_imported(package)), named(name, shape or images()), other)
+    return Tiny(lambda: make(_imported(package)), named(name, shape or images()), other, single=single)
 
 
 def _imported(package: str) -> Any:
@@ -486,7 +495,7 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
     },
     "ovis2": {
         "Ovis2VisionModel": _hidden(
-            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=64, num_visual_indicator_tokens=4, hidden_stride=1,
+            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=16, num_visual_indicator_tokens=4, hidden_stride=1,
             tokenize_function="softmax",
         )
     },
@@ -495,7 +504,7 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         "RadioModel-SwiGLU": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO | GATED)), images()),
     },
     "openai-clip": {
-        "clip.VisionTransformer": _from("clip.model", _openai_clip),
+        "clip.VisionTransformer": _from("clip.model", _openai_clip, single=True),
         "alpha_clip.VisionTransformer": _original("_AlphaClip", inputs=with_alpha),
     },
     "perception-encoder": {

@@ -165,6 +165,18 @@ def test_clip_equals_open_clip():
         assert (found - run(ours, PHOTOS)).abs().max() > 1e-3
 
 
+def test_clip_in_the_precision_that_it_is_loaded_in():
+    """Weights of half precision, norms of single precision."""
+    ours, _ = clips()
+    for wanted in plans(find_tower(ours)):
+        half = copy.deepcopy(ours)
+        zoo._imported("clip.model").convert_weights(half)
+        with patch(ours, wanted), patch(half, wanted):
+            exact, found = run(ours, PHOTOS), run(half, PHOTOS.half())
+        assert found.dtype == torch.float16
+        assert (found - exact).norm() < 0.02 * exact.norm()
+
+
 def test_a_whole_clip_has_its_text_left_alone():
     clip = zoo._imported("clip.model")
     model = scaled(clip.CLIP(16, SIZE, 3, 64, PATCH, 8, 64, 64, 1, 2))

@@ -221,7 +221,7 @@ def test_sdpa_equals_eager(name):
             close(eager, run(attention(model, "sdpa"), inputs))
 
 
-@ONE_PER_FAMILY
+@pytest.mark.parametrize("name", [name for name in FIRST if not ROWS[name].single])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_dtype(name, dtype):
     def kinds(outputs: dict[str, Tensor]) -> dict[str, torch.dtype]:
@@ -319,7 +319,7 @@ def test_no_registers_silences_neurons_only(name):
 # Gradients
 
 
-@ONE_PER_FAMILY
+@pytest.mark.parametrize("name", [name for name in FIRST if not ROWS[name].single])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_is_the_derivative(name, form):
     """Along a random direction of the images, in double precision: nothing is detached, nothing edited in place."""
