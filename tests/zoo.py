@@ -268,6 +268,10 @@ def with_alpha(batch: int) -> dict[str, Tensor]:
     return {"x": images()(batch)["pixel_values"], "alpha": alpha[:batch]}
 
 
+def _images_to_mask(ratio: float) -> Callable[[int], dict[str, Any]]:
+    return lambda batch: {"imgs": images()(batch)["pixel_values"], "mask_ratio": ratio}
+
+
 def clips_with_time_third(batch: int) -> dict[str, Tensor]:
     return {"x": clips(batch).transpose(1, 2)}
 
@@ -534,9 +538,8 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         "vjepa2.VisionTransformer-no-rope": _original("_VJepa2", "mlp", rope=False, inputs=clips_with_time_third),
     },
     "mae": {
-        "MaskedAutoencoderViT": Tiny(
-            lambda: originals.MaskedAutoencoderViT(), lambda batch: {"imgs": images()(batch)["pixel_values"]}
-        )
+        "MaskedAutoencoderViT": _original("MaskedAutoencoderViT", inputs=_images_to_mask(0.0)),
+        "MaskedAutoencoderViT-masked": _original("MaskedAutoencoderViT", inputs=_images_to_mask(0.75)),
     },
 }  # fmt: skip
 

@@ -85,6 +85,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
     names = inspect.signature(module.forward).parameters
     if tower.row.packed:
         placed = _packed(placed, tower, names)
+    if "mask_ratio" in names:
+        placed["mask_ratio"] = 0.0  # a masked autoencoder sees every patch
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
     first = () if "pixel_values" in names or "pixel_values" not in placed else (placed.pop("pixel_values"),)  # timm's x
