@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import UnsupportedModel
+from ..runtime.forwards import names as arguments_of
 from ..runtime.towers import Tower, find_tower
 from ..runtime.installer import Patch, active, patch
 from ..runtime.plan import RegisterPlan
+from . import maps
 
 NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts, so this one switches the others off
 
@@ -56,7 +58,7 @@ def observe(
             handles.append(_keep_keys(tower, seen, block))
         for block in attentions:
             handles += _keep_attention(tower, seen, block)
-        with eager(tower.module) if attentions else _unchanged():
+        with _giving_maps(tower) if attentions else _unchanged():
             yield seen
     finally:
         for handle in handles:
@@ -140,6 +142,8 @@ def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
         registers = _registers(tower, block)
         seen.attentions[block] = args[0][..., registers:, registers:]
 
+    if tower.row.packed and tower.row.segments:
+        return [attention.register_forward_hook(_keep_segments(tower, seen, block), with_kwargs=True)]
     if isinstance(attention, nn.MultiheadAttention):
         wanted = {"need_weights": True, "average_attn_weights": False}
         asked = attention.register_forward_pre_hook(
@@ -149,6 +153,17 @@ def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
     if isinstance(getattr(attention, "fused_attn", None), bool):  # timm's, whose weights pass a dropout
         return [attention.attn_drop.register_forward_pre_hook(weights), _Unfused(attention)]
     return [attention.register_forward_hook(hook)]
+
+
+def _keep_segments(tower: Tower, seen: Seen, block: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = {**dict(zip(arguments_of(module), args, strict=False)), **kwargs}
+        found = maps.collected(module, given[tower.row.segments])
+        if found is None:
+            raise UnsupportedModel(f"the attention of {type(tower.module).__name__} leaves no map of each image.")
+        seen.attentions[block] = found
+
+    return hook
 
 
 class _Unfused:
@@ -211,6 +226,10 @@ def eager(module: Any) -> Iterator[None]:
         yield
     finally:
         module.set_attn_implementation(before)
+
+
+def _giving_maps(tower: Tower) -> Any:
+    return maps.leaving(tower) if tower.row.packed and tower.row.segments else eager(tower.module)
 
 
 @contextmanager
