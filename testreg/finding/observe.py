@@ -105,21 +105,6 @@ def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> 
     return {**{called[name]: value for name, value in inputs.items()}, "pixel_values": pixels}
 
 
-def grid(height: int, width: int, patches: int) -> tuple[int, int]:
-    """Rows and columns of `patches` square patches that cover an image of `height` by `width` pixels.
-
-    Raises:
-        UnsupportedModel: no grid of square patches has that many.
-    """
-    for size in range(1, min(height, width) + 1):  # both counts only fall with the size, so the first match is the one
-        if (height // size) * (width // size) == patches:
-            return height // size, width // size
-    raise UnsupportedModel(
-        f"{patches} patches are no grid of square ones on an image of {height} × {width} pixels; "
-        f"maps can only be drawn for models that keep every patch in its place."
-    )
-
-
 def _keep_state(tower: Tower, seen: Seen, block: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         seen.states[block] = tower.batched(output)

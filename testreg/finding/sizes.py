@@ -19,7 +19,7 @@ from ..runtime import RegisterPlan, TestregError, Tower, patch
 from ..runtime.law import MOST_PATCHES, Law
 from .choose import GONE, as_good, climb, sizes_up_to
 from .detect import Artefact, rank
-from .observe import grid
+from .places import grid
 from .scan import Kept, look, scan, stack, together
 from .trial import Bench, Score
 

@@ -95,6 +95,21 @@ def stream(
     return ImageStream(images, processor, batch_size, workers, missing, share)
 
 
+def pictures(images: Any, most: int) -> Iterator[tuple[str, Image.Image]]:
+    """Digests as those of `Batch`, and upright RGB pictures, of the first images that are files or pictures and whole."""
+    for item in sources.Source(images):
+        if most <= 0:
+            return
+        if isinstance(item.value, (dict, str)):
+            continue
+        try:
+            picture = item.value if isinstance(item.value, Image.Image) else decode.decode(item.value)
+        except Exception:  # broken: whoever streams the images says so
+            continue
+        yield decode.digest(picture), picture
+        most -= 1
+
+
 def processor_for(model: Any) -> Any:
     """The image processor that lies with the checkpoint that `model` was loaded from; a pipeline's own.
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..finding.inspection import Inspection, inspect
-from ..finding.observe import grid, observe, run, unpatched
+from ..finding.observe import observe, run, unpatched
+from ..finding.places import in_place
 from ..images.streaming import stream
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
@@ -28,7 +29,7 @@ from ..runtime.towers import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
 from . import charts
-from .pictures import View, as_photo, clearest_block, views
+from .pictures import BLANK, View, as_photo, clearest_block, first, photographs, views
 from .tasks.base import answer
 
 GALLERY = 8  # photos that are shown
@@ -85,14 +86,9 @@ def report(
     """
     if plan is None and (current := active(model)):
         plan = current.plan
-    source = stream(images, processor, model=model)
-    batches: list[Mapping[str, Tensor]] = []
-    left = most
-    for batch in source:
-        batches.append({name: value[:left] for name, value in batch.inputs.items()})
-        left -= len(batch)
-        if left <= 0:
-            break
+    packed = find_tower(model).row.packed
+    source = stream(images, processor, model=model, batch_size=1 if packed else 16)
+    batches, digests = [list(part) for part in zip(*first(source, most), strict=True)]
     with unpatched(model):
         found = inspect(model, batches)
         before = _look(model, batches)
@@ -100,7 +96,12 @@ def report(
     if plan is not None:
         with patch(model, plan):
             after = _look(model, batches)
-    pictures = [as_photo(pixels, source.processor) for batch in batches for pixels in batch["pixel_values"]][:GALLERY]
+    if packed:
+        seen = photographs(images)
+        pictures = [seen.get(digest, BLANK) for row in digests for digest in row][:GALLERY]
+    else:
+        pictures = [as_photo(pixels, source.processor) for batch in batches for pixels in batch["pixel_values"]]
+        pictures = pictures[:GALLERY]
     block = clearest_block(before.views)
     named = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     environment = Environment(loader=PackageLoader("testreg.judging"), autoescape=True, undefined=StrictUndefined)
@@ -154,9 +155,8 @@ def _look(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Side:
         if len(features) < GALLERY:
             with observe(model, states=[last]) as state:
                 run(model, inputs)
-            height, width = inputs["pixel_values"].shape[-2:]
             patches = state.states[last][:, tower.prefix :].float().cpu()
-            features += list(patches.unflatten(1, grid(height, width, patches.shape[1])))
+            features += list(in_place(patches, tower, inputs, 1))
     return Side(seen, features[:GALLERY], torch.cat(answers))
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 import testreg
 from testreg import RegisterPlan, UnsupportedModel
-from testreg.finding.observe import grid, observe, run, unpatched
+from testreg.finding.observe import observe, run, unpatched
+from testreg.finding.places import grid
 from testreg.judging.pictures import clearest_block, show, views
 from testreg.runtime.errors import BadPlan
 from testreg.runtime.towers import find_tower

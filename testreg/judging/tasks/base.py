@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...finding.observe import run
+from ...finding.observe import observe, run
+from ...finding.scan import summary
 from ...images import labels
 from ...images.labels import Sample
+from ...runtime import find_tower
 from ..arms import Arm
 
 Statistic = Callable[[np.ndarray], Any]
@@ -84,8 +86,13 @@ class Task(ABC):
 def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     """What the model says of each image as a whole, `(batch, channels)`, and what that is.
 
-    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state.
+    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state;
+    of a packed tower, the mean direction of what it makes of the patches.
     """
+    if (tower := find_tower(model)).row.packed:
+        with observe(model, states=[len(tower.blocks) - 1]) as seen:
+            output = run(model, inputs)
+        return "mean direction", summary(output, seen.states[len(tower.blocks) - 1], tower).cpu()
     if hasattr(model, "get_image_features"):
         pooled = run(model, inputs).pooler_output
         with torch.no_grad():
