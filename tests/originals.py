@@ -627,9 +627,9 @@ class RoPEAttention(Attention):
         x: Tensor,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
-        T: int = 1,
-        H_patches: int = 4,
-        W_patches: int = 4,
+        T: int = 1,  # noqa: N803
+        H_patches: int = 4,  # noqa: N803
+        W_patches: int = 4,  # noqa: N803
     ) -> Tensor:
         query, key, value = self.parts(x)
         numbers = torch.arange(T * H_patches * W_patches, device=x.device) if mask is None else mask[:, None]
@@ -650,9 +650,9 @@ class JepaBlock(Block):
         x: Tensor,
         mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
-        T: Any = None,
-        H_patches: Any = None,
-        W_patches: Any = None,
+        T: Any = None,  # noqa: N803
+        H_patches: Any = None,  # noqa: N803
+        W_patches: Any = None,  # noqa: N803
     ) -> Tensor:
         y = self.norm1(x)
         if isinstance(self.attn, RoPEAttention):
@@ -747,6 +747,8 @@ def radio(timm_vit: nn.Module, num_cls_tokens: int = 3, num_registers: int = 5) 
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             y = self.model.norm(self.model.blocks(self.model.patch_generator(x)))
-            return y[:, : self.model.patch_generator.num_cls_tokens].flatten(1), y[:, self.model.patch_generator.num_skip :]
+            return y[:, : self.model.patch_generator.num_cls_tokens].flatten(1), y[
+                :, self.model.patch_generator.num_skip :
+            ]
 
     return RADIOModel()

@@ -7,6 +7,8 @@ these grids `(frames, rows, columns)`. An image's patches are the same in any co
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +122,9 @@ PACKED: Mapping[str, Mapping[str, Packed]] = {
         "PaddleOCR-VL": Packed("paddleocr_vl", "PaddleOCRVisionModel", "PaddleOCRVisionConfig", (1, *SQUARE))
     },
     "kimi": {"Kimi-K2.5": Packed("kimi_k25", "Kimi_K25VisionModel", "Kimi_K25VisionConfig", SQUARE, frames=False)},
-    "hunyuan-vl": {"HunYuan-VL": Packed("hunyuan_vl", "HunYuanVLVisionTransformer", "HunYuanVLVisionConfig", frames=False)},
+    "hunyuan-vl": {
+        "HunYuan-VL": Packed("hunyuan_vl", "HunYuanVLVisionTransformer", "HunYuanVLVisionConfig", frames=False)
+    },
     "minimax-m3": {"MiniMax-M3": Packed("minimax_m3_vl", "MiniMaxM3VLVisionModel", "MiniMaxM3VLVisionConfig", TWO)},
     "cosmos-3": {"Cosmos-3-Edge": Packed("cosmos3_edge", "Cosmos3EdgeVisionModel", "Cosmos3EdgeVisionConfig")},
     "inkling-2": {
@@ -165,16 +169,12 @@ def inputs(name: str, wanted: Sequence[Grid]) -> dict[str, Any]:
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
     cells = [(frames, rows // tiny.cells, columns // tiny.cells) for frames, rows, columns in wanted]
     own, patch = tiny.patch[:1] == (1,), tuple(size for size in tiny.patch if size != 1)
-    patches = torch.cat(
-        [_noise(grid, (frames * rows * columns, *patch)) for grid, (frames, rows, columns) in zip(wanted, cells)]
-    )
+    patches = torch.cat([_noise(grid, (math.prod(cell), *patch)) for grid, cell in zip(wanted, cells, strict=True)])
     first = "pixel_values" if "pixel_values" in _arguments(tiny) else "hidden_states"
     return {first: patches[None] if own else patches, tiny.grid: torch.tensor(cells), **tiny.more(wanted)}
 
 
 def _arguments(tiny: Packed) -> Sequence[str]:
-    import inspect
-
     module = importlib.import_module(f"transformers.models.{tiny.package}.modeling_{tiny.package}")
     return list(inspect.signature(getattr(module, tiny.tower).forward).parameters)
 

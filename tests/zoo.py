@@ -499,8 +499,8 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
     },
     "ovis2": {
         "Ovis2VisionModel": _hidden(
-            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=16, num_visual_indicator_tokens=4, hidden_stride=1,
-            tokenize_function="softmax",
+            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=16, num_visual_indicator_tokens=4,
+            hidden_stride=1,
         )
     },
     "radio": {

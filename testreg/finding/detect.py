@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..metrics.outliers import BlockNorms
 from ..runtime.errors import BadPlan
-from ..runtime.paths import reach
-from ..runtime.towers import Tower
 from ..runtime.offload import present
+from ..runtime.paths import reach
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from .observe import run
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
@@ -26,7 +26,14 @@ STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
 SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
 FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
-SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2", "ls2")  # what multiplies an MLP's output
+SCALES = (
+    "layer_scale2.lambda1",
+    "ls2.gamma",
+    "ls_2.gamma",
+    "lambda_2",
+    "gamma_2",
+    "ls2",
+)  # what multiplies an MLP's output
 
 
 @dataclass(frozen=True)

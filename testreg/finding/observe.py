@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..runtime.errors import UnsupportedModel
 from ..runtime.forwards import names as arguments_of
-from ..runtime.towers import Tower, find_tower
 from ..runtime.installer import Patch, active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
 from . import maps
 
 NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts, so this one switches the others off
@@ -143,7 +143,7 @@ def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
 def _keep_segments(tower: Tower, seen: Seen, block: int) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = {**dict(zip(arguments_of(module), args, strict=False)), **kwargs}
-        found = maps.collected(module, given[tower.row.segments])
+        found = maps.collected(module, given[tower.row.segments or ""])
         if found is None:
             raise UnsupportedModel(f"the attention of {type(tower.module).__name__} leaves no map of each image.")
         seen.attentions[block] = found
@@ -188,7 +188,9 @@ def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
     if isinstance(weight, Tensor):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            source = kwargs.get("key", args[1] if isinstance(attention, nn.MultiheadAttention) and args[1:] else args[0])
+            source = kwargs.get(
+                "key", args[1] if isinstance(attention, nn.MultiheadAttention) and args[1:] else args[0]
+            )
             keep(nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]))
 
         return attention.register_forward_pre_hook(hook, with_kwargs=True)

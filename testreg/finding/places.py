@@ -21,9 +21,10 @@ def in_place(values: Tensor, tower: Tower, inputs: Mapping[str, Tensor], dim: in
     Raises:
         UnsupportedModel: they are in no grid.
     """
-    pixels, patches = inputs["pixel_values"], values.shape[dim]
+    patches = values.shape[dim]
     if not tower.row.packed:
-        return values.unflatten(dim, grid(*pixels.shape[-2:], patches))
+        height, width = inputs["pixel_values"].shape[-2:]
+        return values.unflatten(dim, grid(height, width, patches))
     given = next((value[0].tolist() for name, value in inputs.items() if "grid" in name), None)
     if given is None:
         height, width = inputs["image_sizes"][0].tolist()
@@ -49,7 +50,9 @@ def raster(rows: int, columns: int, merge: int = 1, window: int = 0) -> Tensor:
         window: and these window by window, each of so many squares by so many; 0 = there are none.
     """
     numbers = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
-    squares = numbers.transpose(1, 2).reshape(rows // merge, columns // merge, -1)  # (rows, columns, patches) of squares
+    squares = numbers.transpose(1, 2).reshape(
+        rows // merge, columns // merge, -1
+    )  # (rows, columns, patches) of squares
     if not window:
         return squares.flatten()
     row, column = (torch.arange(length) // window for length in squares.shape[:2])

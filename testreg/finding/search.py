@@ -15,10 +15,10 @@ from tqdm import tqdm
 from ..images.streaming import stream
 from ..metrics import share as share_of
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
-from ..runtime.towers import Tower, find_tower
 from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
+from ..runtime.towers import Tower, find_tower
 from .choose import Search, Wanted
 from .count import Counted, count, quiet, total
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table

@@ -38,7 +38,9 @@ class Pixels:
             values = getattr(self, name)
             right = isinstance(values, (list, tuple)) and len(values) == 3
             if not right or not all(isinstance(value, (int, float)) and least < value < 1e6 for value in values):
-                raise BadImages(f"{name} must be three numbers, red, green and blue, of pixels in 0..1, not {values!r}.")
+                raise BadImages(
+                    f"{name} must be three numbers, red, green and blue, of pixels in 0..1, not {values!r}."
+                )
 
     @property
     def image_mean(self) -> list[float]:

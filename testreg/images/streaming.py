@@ -96,7 +96,7 @@ def stream(
 
 
 def pictures(images: Any, most: int) -> Iterator[tuple[str, Image.Image]]:
-    """Digests as those of `Batch`, and upright RGB pictures, of the first images that are files or pictures and whole."""
+    """Digests as those of `Batch`, and upright RGB pictures, of the first images that are whole files or pictures."""
     for item in sources.Source(images):
         if most <= 0:
             return
@@ -123,7 +123,8 @@ def processor_for(model: Any) -> Any:
 
     how = (
         "pass processor=NAME (--processor NAME) with the name of a checkpoint that the model resembles, "
-        "processor=dict(size=..., mean=..., std=...) (--size --mean --std), or images as tensors of processed pixel values"
+        "processor=dict(size=..., mean=..., std=...) (--size --mean --std), or images as tensors of processed pixel "
+        "values"
     )
     name = getattr(model, "name_or_path", "")
     if not name:

@@ -18,9 +18,9 @@ from ..finding.trial import Threshold
 from ..images.pixels import processor_from
 from ..images.streaming import processor_for, stream
 from ..metrics.outliers import interpolate
-from ..runtime.towers import Tower, find_tower
 from ..runtime.installer import check, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 USUAL = Threshold(4.0)  # from which norm on a patch is an outlier, where no plan says
@@ -173,7 +173,7 @@ def arms(
 
 
 def _inert(tower: Tower) -> RegisterPlan:
-    """One register of zeros that nothing is moved to: a token, or a row that attention alone sees where none can join."""
+    """One register of zeros that nothing is moved to: a token, or, where none can join, a row in attention alone."""
     state = torch.zeros(len(tower.blocks), 1, tower.channels) if tower.row.packed else None
     return RegisterPlan({}, registers=1, state=state)
 

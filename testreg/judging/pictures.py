@@ -18,9 +18,9 @@ from ..finding.observe import observe, run, unpatched
 from ..finding.places import in_place
 from ..images.streaming import ImageStream, pictures, stream
 from ..runtime.errors import BadPlan, UnsupportedModel
-from ..runtime.towers import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import find_tower
 from .charts import round_ticks
 
 BLANK = torch.full((64, 64, 3), 0.5)  # where there is no photo, only what a processor made of it
@@ -62,7 +62,7 @@ def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     registers = (1 - attention.sum(dim=-1)).clamp(min=0)
     norms = in_place(norms, tower, inputs).cpu()  # (batch, blocks, rows, columns)
     attention = in_place(attention[:, tower.prefix :], tower, inputs).cpu()  # (batch, rows, columns)
-    return [View(*view, float(taken)) for *view, taken in zip(norms, attention, registers, strict=True)]
+    return [View(norm, share, float(taken)) for norm, share, taken in zip(norms, attention, registers, strict=True)]
 
 
 def clearest_block(seen: Iterable[View]) -> int:

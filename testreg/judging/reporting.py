@@ -25,9 +25,9 @@ from ..images.streaming import stream
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
 from ..runtime.errors import BadPlan
-from ..runtime.towers import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import find_tower
 from . import charts
 from .pictures import BLANK, View, as_photo, clearest_block, first, photographs, views
 from .tasks.base import answer

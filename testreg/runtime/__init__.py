@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
     from .families import FAMILIES, Family
-    from .towers import Tower, find_tower
     from .installer import Patch, active, patch
     from .modeling_testreg import load
     from .plan import RegisterPlan
+    from .towers import Tower, find_tower
 
 __version__ = "0.2.0"
 

@@ -104,7 +104,9 @@ def _clip(*towers: str, seed: str | None = "pre_layrnorm", prefix: int = 1, **mo
     return Family(towers, "encoder.layers", attention="self_attn", seed=seed, prefix=prefix, **more)
 
 
-def _packed(*towers: str, down: str = "mlp.fc2", blocks: str = "blocks", attention: str = "attn", **more: Any) -> Family:
+def _packed(
+    *towers: str, down: str = "mlp.fc2", blocks: str = "blocks", attention: str = "attn", **more: Any
+) -> Family:
     """One of the towers that take the patches of all images as one sequence."""
     more = {"prefix": 0, "segments": "cu_seqlens", "rope": "position_embeddings", **more}
     return Family(towers, blocks, down, attention, packed=True, **more)

@@ -115,8 +115,8 @@ class Attention(Forward):
             return self.original(*args, **kwargs)
         if self.segments and kwargs.get(self.segments) is not None:
             raise TestregError(
-                f"block {self.index} was given images packed into one sequence ({self.segments}), in which a token would "
-                f"belong to all of them: give images of one size, or take registers that only attention sees "
+                f"block {self.index} was given images packed into one sequence ({self.segments}), in which a token "
+                f"would belong to all of them: give images of one size, or take registers that only attention sees "
                 f"(form='attention')."
             )
         first = args[0] if args else kwargs[self.names[0]]  # (batch, registers + tokens, channels)
@@ -171,8 +171,8 @@ class Rows(Attention):
         first = args[0] if args else kwargs[self.names[0]]  # (batch, tokens, channels)
         if self.shared and kwargs.get("cu_seq_lens_q") is not None:
             raise UnsupportedModel(
-                f"flash attention parts {type(self.relay.tower.module).__name__}'s images by their lengths, so no row can "
-                f"be shared by them: model.set_attn_implementation('sdpa')."
+                f"flash attention parts the images of {type(self.relay.tower.module).__name__} by their lengths, so no "
+                f"row can be shared by them: model.set_attn_implementation('sdpa')."
             )
         if first.ndim != 3:
             raise UnsupportedModel(
@@ -199,8 +199,9 @@ class PackedRows(Rows):
     """An attention over the tokens of all images in one sequence: each image's segment gets the rows in front."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.segments or ""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        segments = given.get(self.segments)
+        segments = given.get(name)
         if self.off or segments is None:
             return super().forward(*args, **kwargs)
         self.relay.here.acted |= ATTENTION
@@ -209,7 +210,7 @@ class PackedRows(Rows):
         counts = None if law is None else [law(length) for length in segments.diff().tolist()]
         rows = self.start.like(tokens, self.relay.plan.registers)[0]  # (registers, channels)
         at = packed.places(segments, tokens.shape[-2], len(rows), counts)
-        given[self.segments] = at.segments
+        given[name] = at.segments
         if given.get(LONGEST) is not None:
             given[LONGEST] = packed.longest(given[LONGEST], at)
         if self.rope and given.get(self.rope) is not None:
@@ -217,38 +218,10 @@ class PackedRows(Rows):
         output = self.original(packed.join(rows, tokens, at), **given)
         if not isinstance(output, tuple):
             return packed.leave(output, at)
-        maps = [packed.leave(packed.leave(part, at).mT, at).mT if isinstance(part, Tensor) else part for part in output[1:]]
+        maps = [
+            packed.leave(packed.leave(part, at).mT, at).mT if isinstance(part, Tensor) else part for part in output[1:]
+        ]
         return (packed.leave(output[0], at), *maps)
-
-
-class Turn(Forward):
-    """A module that turns queries and keys, whose registers in front pass unturned; several attentions may share it."""
-
-    def forward(self, *values: Tensor, **kwargs: Any) -> Any:
-        here = self.relay.here
-        if self.off or (here.block is None and self.relay.plan.form != "attention"):
-            return self.original(*values, **kwargs)
-        return redirect.beside(self.original, here.registers, *values, **kwargs)
-
-
-class TurnCall:
-    """The same of a callable that is no module: it stands in the attention's attributes, in place of that."""
-
-    def __init__(self, relay: Relay, attention: nn.Module, name: str):
-        self.relay, self.attention, self.name = relay, attention, name
-        self.original = getattr(attention, name)
-        setattr(attention, name, self)
-
-    def __call__(self, *values: Tensor, **kwargs: Any) -> Any:
-        here = self.relay.here
-        if here.block is None and self.relay.plan.form != "attention":
-            return self.original(*values, **kwargs)
-        return redirect.beside(self.original, here.registers, *values, **kwargs)
-
-    def take_off(self) -> None:
-        """Give the attention its own callable back."""
-        if getattr(self.attention, self.name) is self:
-            setattr(self.attention, self.name, self.original)
 
 
 class Bias(Forward):

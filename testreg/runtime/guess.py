@@ -40,7 +40,9 @@ def unknown(model: nn.Module, known: str, resolve: Callable[[nn.Module, Family],
     told = f"{name} is of no known family ({known})."
     found = guess(model)
     if found is None:
-        return f"{told} Nothing in it looks like the blocks of a Vision Transformer: modules of one class, with attention."
+        return (
+            f"{told} Nothing in it looks like the blocks of a Vision Transformer: modules of one class, with attention."
+        )
     module, row = found
     try:
         row, how = tried(resolve(module, row))

@@ -12,13 +12,14 @@ from torch import nn
 
 from .carrier import Carrier
 from .errors import AnotherModel, BadPlan, TestregError
-from .paths import path_to, reach, walk
-from .towers import Tower, blocks_of, find_tower, resolve
 from .fingerprint import fits
-from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows, Turn, TurnCall
+from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows
 from .guard import PATCHES, Guard, acting
+from .paths import path_to, reach, walk
 from .plan import RegisterPlan
 from .relay import Record, Relay
+from .towers import Tower, blocks_of, find_tower, resolve
+from .turn import Turn, TurnCall
 
 
 def patch(model: nn.Module, found: RegisterPlan) -> Patch:
@@ -244,8 +245,8 @@ def check(tower: Tower, plan: RegisterPlan) -> None:
     if tower.row.packed and plan.registers and plan.form != "attention":
         raise BadPlan(
             f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
-            f"belong to all of them: only registers that attention alone sees fit it (form='attention'), not {plan.form} "
-            f"ones."
+            f"belong to all of them: only registers that attention alone sees fit it (form='attention'), no "
+            f"{plan.form} ones."
         )
     blocks = f"blocks 0 to {len(tower.blocks) - 1}"
     if plan.entry >= len(tower.blocks):

@@ -60,12 +60,19 @@ def places(segments: Tensor, tokens: int, registers: int, counts: list[int] | No
 def join(registers: Tensor, tokens: Tensor, at: Places) -> Tensor:
     """Registers `(registers, channels)` among tokens `(..., tokens, channels)`, in front of every segment."""
     registers = registers.to(tokens).expand(*tokens.shape[:-2], -1, -1)
-    return torch.cat([registers, tokens], dim=-2).index_select(-2, at.sources)  # (..., tokens + all registers, channels)
+    return torch.cat([registers, tokens], dim=-2).index_select(
+        -2, at.sources
+    )  # (..., tokens + all registers, channels)
 
 
 def leave(output: Tensor, at: Places) -> Tensor:
     """The tokens' rows of an output `(..., tokens + all registers, channels)`."""
     return output.index_select(-2, at.tokens)
+
+
+def leave_both(maps: Tensor, at: Places) -> Tensor:
+    """Attention maps `(..., tokens + all registers, tokens + all registers)` between the tokens alone."""
+    return maps.index_select(-2, at.tokens).index_select(-1, at.tokens)
 
 
 def unturned(rope: Any, at: Places) -> Any:

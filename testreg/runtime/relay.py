@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import redirect
 from .errors import RegistersStretched
-from .towers import Tower
 from .plan import RegisterPlan
+from .towers import Tower
 
 
 @dataclass

@@ -81,7 +81,9 @@ def find_tower(model: nn.Module) -> Tower:
                 break
     if not towers:
         known = ", ".join(families.FAMILIES)
-        raise UnsupportedModel(_refused(model) or unknown(model, known, lambda tower, row: resolve("", tower, NAME, row)))
+        raise UnsupportedModel(
+            _refused(model) or unknown(model, known, lambda tower, row: resolve("", tower, NAME, row))
+        )
     if len(towers) > 1:
         raise UnsupportedModel(
             f"{type(model).__name__} holds {len(towers)} vision towers ({', '.join(tower.path for tower in towers)}): "
@@ -163,7 +165,11 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
 
 def _prefix(module: nn.Module, family: Family, differs: Any) -> int:
     more = reach(module, family.prefix_from) if family.prefix_from else 0
-    if more is None and family.prefix and not any(native in name for name, _ in module.named_parameters() for native in NATIVE):
+    if (
+        more is None
+        and family.prefix
+        and not any(native in name for name, _ in module.named_parameters() for native in NATIVE)
+    ):
         more = 0  # a release before there were native registers
     if more is None:
         raise differs(f"it has no {' or '.join(each(family.prefix_from or ()))}, which tells its prefix tokens")

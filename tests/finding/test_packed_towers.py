@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import testreg
-from testreg import RegisterPlan, find, inspect, patch
+from testreg import find, inspect, patch
 from testreg.finding.observe import run
 from testreg.runtime.towers import Tower, find_tower
 
@@ -26,7 +25,9 @@ def photos(name: str) -> tuple[list[dict[str, Tensor]], list[int]]:
     for index, grid in enumerate(SIZES):
         given = packed.inputs(name, [grid])
         pixels = given.pop(first).clone()
-        pixels += 0.1 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(index))  # no photo comes twice
+        pixels += 0.1 * torch.randn(
+            pixels.shape, generator=torch.Generator().manual_seed(index)
+        )  # no photo comes twice
         place = index % 4
         if pixels.shape[:2] == (1, 3):
             pixels[..., : packed.PATCH, packed.PATCH * place : packed.PATCH * (place + 1)] = MARK
@@ -86,7 +87,7 @@ def _run(model: nn.Module, image: dict[str, Tensor]) -> Any:
 
 def _token(model: nn.Module, image: dict[str, Tensor], place: int) -> int:
     """Where the loud patch is among the block's tokens: what enters the first block there is like nothing else."""
-    tower, seen = find_tower(model), []
+    tower = find_tower(model)
 
     def first(given: dict[str, Tensor]) -> Tensor:
         kept: list[Tensor] = []

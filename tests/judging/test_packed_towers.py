@@ -145,7 +145,9 @@ def test_patches_of_every_tower_are_in_their_place(name):
     loud = pixels.clone()
     row, column = 3, 5
     if name == "Pixtral":
-        loud[..., row * packed.PATCH : (row + 1) * packed.PATCH, column * packed.PATCH : (column + 1) * packed.PATCH] += 9
+        loud[
+            ..., row * packed.PATCH : (row + 1) * packed.PATCH, column * packed.PATCH : (column + 1) * packed.PATCH
+        ] += 9
     elif name == "Inkling-2":
         half = packed.PATCH  # the second row and column of patches in a cell of two by two
         loud[1 * 4 + 2, half:, half:] += 9

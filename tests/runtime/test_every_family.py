@@ -68,9 +68,7 @@ def norms(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Norms of the patches after each block, `(blocks, images, patches)`."""
     tower, found = find_tower(model), []
     handles = [
-        block.register_forward_hook(
-            lambda _, args, output: found.append(tower.batched(output))
-        )
+        block.register_forward_hook(lambda _, args, output: found.append(tower.batched(output)))
         for block in tower.blocks
     ]
     model(**inputs)

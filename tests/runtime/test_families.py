@@ -52,7 +52,9 @@ def test_the_tower_is_what_the_row_says(family, name):
     assert len(tower.downs) == len(tower.attentions) == len(tower.neurons) == blocks >= BLOCKS
     widths: dict[int, tuple] = {}
     for index, (block, down) in enumerate(zip(tower.blocks, tower.downs, strict=True)):
-        down.register_forward_pre_hook(lambda _, args, index=index: widths.update({index: tower.batched(args[0]).shape}))
+        down.register_forward_pre_hook(
+            lambda _, args, index=index: widths.update({index: tower.batched(args[0]).shape})
+        )
         block.register_forward_hook(
             lambda _, args, output, index=index: widths.update({-1 - index: tuple(tower.batched(output).shape)})
         )
@@ -209,7 +211,10 @@ STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 3
         (lambda: _timm("beit").Beit(**SMALL), "position table of fixed size"),
         (lambda: _hidden("minicpmv4_6", "MiniCPMV4_6", insert_layer_id=1), "merges its patches between two blocks"),
         (lambda: _hidden("lfm3_vl", "Lfm3Vl", layer_types=["conv", "full_attention"]), "are convolutions"),
-        (lambda: _hidden("dots3_note", "Dots3Note", adapter_in_dim=CHANNELS, mlp_layer_types=["dense", "sparse"]), "choose among experts"),
+        (
+            lambda: _hidden("dots3_note", "Dots3Note", adapter_in_dim=CHANNELS, mlp_layer_types=["dense", "sparse"]),
+            "choose among experts",
+        ),
         (lambda: _timm("vision_transformer").VisionTransformer(**SMALL, block_fn=_parallel()), "has no mlp.fc2"),
     ],
 )  # fmt: skip

@@ -232,7 +232,7 @@ def test_timm_before_it_counted_prefix_tokens():
     model.num_tokens = 1  # timm 0.5
     assert find_tower(model).prefix == 1
     del model.num_tokens
-    with pytest.raises(UnsupportedModel, match="has no patch_generator.num_skip or num_prefix_tokens or num_tokens"):
+    with pytest.raises(UnsupportedModel, match=r"has no patch_generator\.num_skip or num_prefix_tokens or num_tokens"):
         find_tower(model)
 
 
@@ -243,8 +243,11 @@ def test_timm_before_it_counted_prefix_tokens():
 def test_a_fused_mlp_is_noticed(form):
     """xformers' SwiGLU reads the weights of w3 and never calls it, so nothing could rest there."""
     model = scaled(originals.DinoVisionTransformer(0, "fused w1 w2 w3"))
-    with patch(model, plans(find_tower(model))[form]), pytest.raises(
-        TestregError, match=r"block 0 \(NestedTensorBlock\) ran without calling its second linear as a module"
+    with (
+        patch(model, plans(find_tower(model))[form]),
+        pytest.raises(
+            TestregError, match=r"block 0 \(NestedTensorBlock\) ran without calling its second linear as a module"
+        ),
     ):
         run(model, PHOTOS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 
 import packed
 import pytest
@@ -107,7 +108,7 @@ def test_a_copy_owns_its_patch(name):
 def test_token_forms_are_refused_with_the_reason(name):
     model = build(name)
     for state in (None, torch.ones(find_tower(model).channels)):
-        with pytest.raises(BadPlan, match="packs the patches of all images into one sequence.*form='attention'"):
+        with pytest.raises(BadPlan, match=r"packs the patches of all images into one sequence.*form='attention'"):
             patch(model, RegisterPlan({1: (3,)}, registers=2, entry=0 if state is None else 1, state=state))
     patch(model, RegisterPlan({1: (3,)}, registers=0)).remove()  # neurons at rest, no register
 
@@ -122,10 +123,11 @@ class Loop:
         heads, bounds = self.attention.num_heads, cu_seqlens.tolist()
         cosines, sines = (table[:, None] for table in position_embeddings)  # (tokens, 1, channels)
         found = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             query, key, value = self.attention.qkv(hidden_states[start:end]).unflatten(-1, (3, heads, -1)).unbind(1)
             query, key = (
-                part * cosines[start:end] + torch.cat([-part.chunk(2, -1)[1], part.chunk(2, -1)[0]], -1) * sines[start:end]
+                part * cosines[start:end]
+                + torch.cat([-part.chunk(2, -1)[1], part.chunk(2, -1)[0]], -1) * sines[start:end]
                 for part in (query, key)
             )
             if self.rows is not None:
@@ -199,7 +201,10 @@ def test_radio_packed_equals_each_alone(attention):
         together, single = features(sizes), torch.cat([features([size]) for size in sizes])
     assert (together - single).abs().max() < 1e-10
     assert (together - features(sizes)).abs().max() > 1e-3
-    with patch(model, RegisterPlan({1: (3,)}, registers=2)), pytest.raises(TestregError, match="packed into one sequence"):
+    with (
+        patch(model, RegisterPlan({1: (3,)}, registers=2)),
+        pytest.raises(TestregError, match="packed into one sequence"),
+    ):
         features(sizes)
 
 

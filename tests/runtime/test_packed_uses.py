@@ -25,7 +25,8 @@ IMAGE, VIDEO, BEGIN, END = 60, 61, 58, 59
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "head_dim": 8, "max_window_layers": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    "head_dim": 8, "max_window_layers": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
 }  # fmt: skip
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": BEGIN, "vision_end_token_id": END}
 Prompt = list[tuple[str, packed.Grid]]
@@ -75,7 +76,9 @@ def prompt(kind: str, prompts: list[Prompt], length: int) -> dict[str, Tensor]:
 def plan(model: nn.Module) -> RegisterPlan:
     tower = find_tower(model)
     state = torch.randn(len(tower.blocks) - 1, 3, tower.channels, generator=torch.Generator().manual_seed(2))
-    return RegisterPlan({0: (1, 5), 2: (0, 31)}, registers=3, entry=1, state=state, rest={0: (0.5, -1.0), 2: (0.0, 2.0)})
+    return RegisterPlan(
+        {0: (1, 5), 2: (0, 31)}, registers=3, entry=1, state=state, rest={0: (0.5, -1.0), 2: (0.0, 2.0)}
+    )
 
 
 def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -15,8 +15,8 @@ from zoo import FIRST, ROWS, attention, build, given, pixels, tensors
 
 from testreg import BadPlan, RegisterPlan, TestregError, active, patch
 from testreg.runtime import redirect
-from testreg.runtime.towers import find_tower
 from testreg.runtime.law import Law
+from testreg.runtime.towers import find_tower
 
 EVERY = pytest.mark.parametrize("name", list(ROWS))
 ONE_PER_FAMILY = pytest.mark.parametrize("name", FIRST)

@@ -1,4 +1,4 @@
-"""What no row describes: the row that the error message shows is right, tried, and not shown where it would do nothing."""
+"""What no row describes: the row that the error shows is right, tried, and not shown where it would do nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from testreg import FAMILIES, Family, UnsupportedModel, patch
 from testreg.runtime.guess import guess, tried, written
 from testreg.runtime.towers import find_tower, resolve
 
-BUILDERS = {**{name: zoo.build for name in zoo.ROWS}, **{name: packed.build for name in packed.ROWS}}
+BUILDERS = {**dict.fromkeys(zoo.ROWS, zoo.build), **dict.fromkeys(packed.ROWS, packed.build)}
 
 
 def built(name: str) -> nn.Module:

@@ -21,10 +21,10 @@ from ...checkpoints.saving import free, source_files
 from ...images.streaming import processor_for, stream
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
-from ...runtime.towers import find_tower
 from ...runtime.installer import active, check
 from ...runtime.modeling_testreg import load
 from ...runtime.plan import RegisterPlan
+from ...runtime.towers import find_tower
 from . import of_timm, stock
 from .drift import Drift, measure
 from .fit import fit, slots, trajectory

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...finding.observe import observe, run
-from ...runtime.paths import reach
-from ...runtime.towers import Tower, find_tower
 from ...runtime.installer import patch
+from ...runtime.paths import reach
 from ...runtime.plan import RegisterPlan
+from ...runtime.towers import Tower, find_tower
 from .fit import Inputs
 
 

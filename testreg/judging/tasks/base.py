@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...finding.answer import summary
 from ...finding.observe import observe, run
-from ...finding.scan import summary
 from ...images import labels
 from ...images.labels import Sample
 from ...runtime import find_tower
