@@ -205,7 +205,7 @@ def rank(
     """
     sums, streams = ({block: _Sums() for block in blocks} for _ in range(2))
     states: dict[int, list[Tensor]] = {entry: [] for entry in entries if entry}
-    given: dict[int, list[Tensor]] = {block: [] for block in range(min(entries, default=0), len(tower.blocks)) if rows}
+    given: dict[int, list[Tensor]] = {block: [] for block in (range(min(entries), len(tower.blocks)) if rows else ())}
     last = max([*blocks, *(entry - 1 for entry in states), *given])
     for batch in together(images, batch_size):
         outliers = torch.stack([found.threshold.outliers(image.norms[found.shown]) for image in batch])

@@ -17,9 +17,9 @@ class Resized:
         self.processor = processor
         self.model_input_names = processor.model_input_names
         self.sizes = {
-            name: {edge: round(factor * pixels) for edge, pixels in dict(given).items() if isinstance(pixels, int)}
+            name: {edge: round(factor * pixels) for edge, pixels in own.items()}
             for name in ("size", "crop_size")
-            if (given := getattr(processor, name, None))
+            if (own := edges(processor, name))
         }
 
     def __call__(self, image: Any, **more: Any) -> Any:
@@ -28,5 +28,12 @@ class Resized:
 
 def resized(processor: Callable[..., Any] | None, factor: float) -> Resized | None:
     """`processor` at another size; None where it does not say its own."""
-    known = hasattr(processor, "model_input_names") and hasattr(getattr(processor, "size", None), "items")
+    known = hasattr(processor, "model_input_names") and edges(processor, "size")
     return Resized(processor, factor) if known else None
+
+
+def edges(processor: Any, name: str) -> dict[str, int]:
+    """The edges in pixels of a processor's size, by name; none where it has another kind of size, or none."""
+    given = getattr(processor, name, None)
+    pairs = dict(given).items() if given and not isinstance(given, (int, str)) else ()
+    return {edge: pixels for edge, pixels in pairs if isinstance(pixels, int) and "pixels" not in edge}

@@ -8,6 +8,7 @@ what it saw the first time.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Carrier(Block):
             tokens = tokens.contiguous()  # what follows the blocks may call .view
         else:
             setattr(tokens, BUFFER, full)
-            here.waiting = self.index, registers, _held(full, tokens)
+            here.waiting = self.index, turned(full)[:, :registers].detach(), _held(full, tokens)
         if self.relay.record is not None:
             self.relay.record.registers[self.index] = turned(full)[:, :registers]
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
@@ -68,22 +69,31 @@ class Carrier(Block):
 
     def _waiting(self, tokens: Tensor) -> Tensor:
         """The registers that the block before left, `(batch, registers, channels)`, for tokens of as many images."""
-        index, registers, held = self.relay.here.waiting or (None, 0, None)
-        full = held() if isinstance(held, weakref.ref) else held
-        full = None if full is None else self.relay.tower.turned(full)
-        if full is None or index != self.index - 1 or full.shape[0] != tokens.shape[0]:
+        index, registers, held = self.relay.here.waiting or (None, tokens, None)
+        if held is None or index != self.index - 1 or registers.shape[0] != tokens.shape[0]:
             raise TestregError(
                 f"block {self.index} was called without its registers: they join before block {self.relay.plan.entry} "
                 f"and travel from block to block. Run the whole model; checkpoint with use_reentrant=False; remove the "
                 f"patch to call a block alone; or take registers that only attention sees (form='attention')."
             )
-        return full[:, :registers]
+        full = held()  # gone where no tensor is left that comes from it, so that no gradient can go there
+        return registers if full is None else self.relay.tower.turned(full)[:, : registers.shape[1]]
 
 
 def _held(full: Tensor, tokens: Tensor) -> Any:
-    """A hold on `full` that ends with the pass, where `tokens` are a part of a graph: what follows from it has it."""
+    """A hold on `full` that ends with the graph of `tokens`: what waits for a pass that breaks off keeps no memory."""
     node = tokens.grad_fn
-    if torch.compiler.is_compiling() or node is None:
-        return full
+    if node is None:
+        return _nothing
+    if torch.compiler.is_compiling():
+        return partial(_itself, full)
     node.metadata[BUFFER] = full  # type: ignore[index]
     return weakref.ref(full)
+
+
+def _nothing() -> None:
+    """For tensors without a graph."""
+
+
+def _itself(full: Tensor) -> Tensor:
+    return full

@@ -227,9 +227,9 @@ class PackedRows(Rows):
 class Bias(Forward):
     """A position bias that counts the tokens without registers; the attention that calls it needs it grown."""
 
-    def __init__(self, relay: Relay, index: int, module: nn.Module, *, inside: bool):
+    def __init__(self, relay: Relay, index: int, module: nn.Module, *, inside: bool = False, shared: bool = False):
         super().__init__(relay, index, module)
-        self.inside = inside
+        self.inside, self.shared = inside, shared
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
@@ -239,7 +239,9 @@ class Bias(Forward):
             kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - registers}
         bias: Tensor = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
         if not self.inside:
-            self.relay.here.bias = bias
+            here = self.relay.here
+            here.bias = bias if self.shared or here.shared is None else bias + here.shared
+            here.shared = bias if self.shared else here.shared
             return bias
         return redirect.grow(bias, registers, bias.shape[-1])
 

@@ -125,7 +125,8 @@ class Patch:
         self._uninstall()
         try:
             self._relay.tower = resolve(tower.path, tower.module, tower.family, tower.row)
-            if blocks != tower.blocks[: len(blocks)]:  # the first ones alone need nothing that the others had
+            pruned = len(blocks) < len(tower.blocks) and blocks == tower.blocks[: len(blocks)]
+            if not pruned:  # the first blocks alone need nothing that the others had
                 check(self.tower, self.plan)
         except TestregError as error:
             raise TestregError(
@@ -182,7 +183,7 @@ class Patch:
                 self._wear((Carrier if carrier else Block)(relay, index, block, acts), ())
         shared = reach(tower.module, tower.row.shared_bias)
         if shared is not None and plan.registers:
-            self._wear(Bias(relay, 0, shared, inside=False))
+            self._wear(Bias(relay, 0, shared, shared=True))
 
     def _wear_turn(self, index: int, attention: nn.Module) -> None:
         name = self.tower.row.turn
@@ -217,7 +218,7 @@ class Patch:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self._relay.here
-        here.waiting = here.bias = None
+        here.waiting = here.bias = here.shared = None
         if torch.compiler.is_compiling() or here.passed or output is None or not self._worn:
             return
         raise TestregError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,8 @@ class Record:
     attentions: dict[int, Tensor] = field(default_factory=dict)
 
 
-class Here(threading.local):
+@dataclass
+class Here:
     """Where a thread's pass is.
 
     Attributes:
@@ -40,9 +42,9 @@ class Here(threading.local):
         passed: whether a block ran in this pass.
         acted: which of ATTENTION and NEURONS did so in it.
         real: which tokens are not padding, from the attention to the MLP.
-        bias: the position bias made last, which is a part of the mask that attention gets.
-        waiting: the block that was left last, how many registers it had, and its `[registers | tokens]`, or a weak
-            reference to that.
+        shared: the position bias of all blocks.
+        bias: all position biases that are in the mask which attention gets.
+        waiting: the block that was left last, its registers without their graph, and how to get them with it.
     """
 
     block: int | None = None
@@ -50,8 +52,9 @@ class Here(threading.local):
     passed: bool = False
     acted: int = 0
     real: Tensor | None = None
+    shared: Tensor | None = None
     bias: Tensor | None = None
-    waiting: tuple[int, Any, Any] | None = None
+    waiting: tuple[int, Tensor, Callable[[], Tensor | None]] | None = None
 
 
 class Relay:
@@ -66,8 +69,18 @@ class Relay:
     def __init__(self, tower: Tower, plan: RegisterPlan):
         self.tower, self.plan = tower, plan
         self.record: Record | None = None
-        self.here = Here()
         self.told = False
+        self._local = threading.local()
+        self._local.here = Here()  # there before the first pass, which may be a compiled one
+
+    @property
+    def here(self) -> Here:
+        """Where this thread's pass is."""
+        # An attribute of a thread-local, not a class of such: dynamo forgets what is written into the latter.
+        here: Here | None = getattr(self._local, "here", None)
+        if here is None:
+            here = self._local.here = Here()
+        return here
 
     def count(self, tokens: Any) -> Any:
         """How many registers go with so many tokens, prefix tokens among them."""
@@ -103,11 +116,11 @@ class Relay:
         return registers
 
     def __getstate__(self) -> dict[str, Any]:  # no pass goes on in a copy
-        return {**self.__dict__, "here": None, "record": None}
+        return {**self.__dict__, "_local": None, "record": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.here = Here()
+        self._local = threading.local()
 
 
 class Start:
