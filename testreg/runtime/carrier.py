@@ -36,8 +36,9 @@ class Carrier(Block):
         here, turned = self.relay.here, self.relay.tower.turned
         tokens, args = (args[0], args[1:]) if args else (kwargs.pop(self.names[0]), args)  # (batch, tokens, channels)
         if isinstance(tokens, list):  # of images of several sizes, each with its own of the other arguments
-            each = zip(tokens, *args, strict=True)
-            return [self.forward(*one, **kwargs) for one in each]
+            found = [self.forward(*one, **kwargs) for one in zip(tokens, *args, strict=True)]
+            here.waiting = here.waiting if len(found) == 1 else None  # whose registers they are could not be told
+            return found
         joined = self._joined(tokens)
         registers = turned(joined).shape[1] - turned(tokens).shape[1]
         here.waiting = None  # nothing is left of a pass that ends in an error

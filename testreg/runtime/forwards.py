@@ -186,8 +186,10 @@ class Rows(Attention):
         # Where queries, keys and values come one by one, they are the same tensor, as attention to oneself has it.
         args = tuple(joined if value is first else value for value in args)
         kwargs = {name: joined if value is first else value for name, value in kwargs.items()}
-        output = self._grown(registers, args, kwargs)
-        self.relay.here.registers = 0
+        try:
+            output = self._grown(registers, args, kwargs)
+        finally:
+            self.relay.here.registers = 0
         full, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if self.relay.record is not None:
             self.relay.record.registers[self.index] = turned(full)[:, :registers]

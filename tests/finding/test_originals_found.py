@@ -21,7 +21,8 @@ from testreg.runtime.towers import find_tower
 BLOCK, NEURON, STRENGTH = 1, 7, 40.0
 NAMES = [
     "dinov2.DinoVisionTransformer-registers", "dinov3.DinoVisionTransformer-storage", "clip.VisionTransformer",
-    "pe.VisionTransformer", "EVAVisionTransformer", "InternVisionModel", "AIMv2VisionEncoder", "ijepa.VisionTransformer",
+    "pe.VisionTransformer", "EVAVisionTransformer", "InternVisionModel", "AIMv2VisionEncoder",
+    "ijepa.VisionTransformer",
 ]  # fmt: skip
 SAID = {"size": zoo.SIZE, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 

@@ -286,6 +286,21 @@ def test_a_callable_rope_shared_by_all_blocks_turns_no_register():
         assert not torch.equal(found[""], before[""])
 
 
+def test_new_tensors_between_blocks_of_several_sizes_are_refused():
+    """Whose registers they have could not be told."""
+    model = scaled(originals._DinoV3(2))
+
+    def anew(module: nn.Module, args: Any, output: list[Tensor]) -> list[Tensor]:
+        return [tokens.clone() for tokens in output]
+
+    with patch(model, plan(2, "values")):
+        wanted = run(model, [PHOTOS])[0]["x_norm_clstoken"]
+        model.blocks[1].register_forward_hook(anew)
+        close(run(model, [PHOTOS])[0]["x_norm_clstoken"], wanted)
+        with pytest.raises(TestregError, match="block 2 was called without its registers"):
+            run(model, [PHOTOS, PHOTOS])
+
+
 def test_what_is_saved_is_the_plan(tmp_path):
     for name in ("dinov2.DinoVisionTransformer", "clip.VisionTransformer", "InternVisionModel"):
         model, inputs = build(name)
