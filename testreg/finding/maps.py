@@ -1,13 +1,14 @@
-"""Attention maps of packed towers, whose attentions compute them image by image and hand none on."""
+"""Attention maps of attentions that compute them and hand none on: of packed towers, and of makers' own code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..runtime import Tower
 
@@ -58,3 +59,57 @@ def collected(attention: nn.Module, segments: Tensor) -> Tensor | None:
     for start, end, part in zip(bounds, bounds[1:], left, strict=False):
         whole[..., start:end, start:end] = part[..., start - end :, start - end :]
     return whole
+
+
+class Ear:
+    """Hears the maps of one attention at a time: what passes its dropout, or what torch's own attention would compute.
+
+    The latter only where the attention finds `scaled_dot_product_attention` in `torch.nn.functional`, as most do.
+    """
+
+    def __init__(self) -> None:
+        self.heard: list[Tensor] | None = None
+        self.registers: Callable[[], int] = int
+
+    def listen(self, registers: Callable[[], int]) -> None:
+        """From now on.
+
+        Args:
+            registers: how many are in front of the tokens inside the attention.
+        """
+        self.heard, self.registers = [], registers
+
+    def hear(self, weights: Tensor) -> None:
+        """A map `(batch, heads, registers + tokens, registers + tokens)`."""
+        if self.heard is not None and weights.ndim == 4:
+            registers = self.registers()
+            self.heard.append(weights[..., registers:, registers:])
+
+    def taken(self) -> Tensor | None:
+        """The one map that was heard, `(batch, heads, tokens, tokens)`; None where there was none, or several."""
+        heard, self.heard = self.heard or [], None
+        return heard[0] if len(heard) == 1 else None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside the `with`, torch's own attention is computed in steps while anyone listens."""
+        fused = functional.scaled_dot_product_attention
+
+        def in_steps(
+            query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **given: Any
+        ) -> Tensor:
+            if self.heard is None or args or given.get("is_causal") or given.get("enable_gqa"):
+                return fused(query, key, value, attn_mask, *args, **given)
+            scores = query @ key.mT * (given.get("scale") or query.shape[-1] ** -0.5)
+            if attn_mask is not None:
+                closed = attn_mask.dtype == torch.bool
+                scores = scores.masked_fill(~attn_mask, float("-inf")) if closed else scores + attn_mask
+            weights = scores.softmax(-1)
+            self.hear(weights)
+            return weights @ value
+
+        functional.scaled_dot_product_attention = in_steps
+        try:
+            yield
+        finally:
+            functional.scaled_dot_product_attention = fused

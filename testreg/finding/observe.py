@@ -48,7 +48,7 @@ def observe(
     Raises:
         UnsupportedModel: the model's attention gives no maps, or has no key projection that can be read.
     """
-    tower, seen = find_tower(model), Seen()
+    tower, seen, ear = find_tower(model), Seen(), maps.Ear()
     handles: list[Any] = []
     attentions = tuple(attentions)
     try:
@@ -57,8 +57,8 @@ def observe(
         for block in keys:
             handles.append(_keep_keys(tower, seen, block))
         for block in attentions:
-            handles += _keep_attention(tower, seen, block)
-        with _giving_maps(tower) if attentions else _unchanged():
+            handles += _keep_attention(tower, seen, block, ear)
+        with _giving_maps(tower, ear) if attentions else _unchanged():
             yield seen
     finally:
         for handle in handles:
@@ -112,20 +112,27 @@ def _keep_state(tower: Tower, seen: Seen, block: int) -> Any:
     return hook
 
 
-def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
+def _keep_attention(tower: Tower, seen: Seen, block: int, ear: maps.Ear) -> list[Any]:
     attention: Any = tower.attentions[block]
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
+        heard = ear.taken()
+        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+            images = len(tower.batched(output))
+            heard = output[1] if output[1].ndim > 3 else output[1].unflatten(0, (images, -1))
+        if heard is None:
             raise UnsupportedModel(
                 f"the attention of {type(tower.module).__name__} ({type(module).__name__}) gives no attention maps, "
                 f"with the eager implementation either."
             )
-        seen.attentions[block] = output[1]
+        seen.attentions[block] = heard
 
     def weights(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         registers = _registers(tower, block)
         seen.attentions[block] = args[0][..., registers:, registers:]
+
+    def listen(module: nn.Module, args: Any) -> None:
+        ear.listen(lambda: _registers(tower, block))
 
     if tower.row.packed and tower.row.segments:
         return [attention.register_forward_hook(_keep_segments(tower, seen, block), with_kwargs=True)]
@@ -137,7 +144,9 @@ def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
         return [asked, attention.register_forward_hook(hook)]
     if isinstance(getattr(attention, "fused_attn", None), bool):  # timm's, whose weights pass a dropout
         return [attention.attn_drop.register_forward_pre_hook(weights), _Unfused(attention)]
-    return [attention.register_forward_hook(hook)]
+    dropout = getattr(attention, "attn_drop", None)
+    passed = [dropout.register_forward_pre_hook(lambda module, args: ear.hear(args[0]))] if dropout is not None else []
+    return [attention.register_forward_pre_hook(listen), attention.register_forward_hook(hook), *passed]
 
 
 def _keep_segments(tower: Tower, seen: Seen, block: int) -> Any:
@@ -165,7 +174,7 @@ class _Unfused:
 def _registers(tower: Tower, block: int) -> int:
     """How many registers are in front of the tokens inside a block now."""
     current = active(tower.module)
-    return current.plan.registers if current and block >= current.plan.entry else 0
+    return int(current.inside) if current and block >= current.plan.entry else 0
 
 
 def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
@@ -188,9 +197,8 @@ def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
     if isinstance(weight, Tensor):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            source = kwargs.get(
-                "key", args[1] if isinstance(attention, nn.MultiheadAttention) and args[1:] else args[0]
-            )
+            several = isinstance(attention, nn.MultiheadAttention) and len(args) > 1  # queries, keys and values
+            source = kwargs["key"] if "key" in kwargs else args[1] if several else args[0]
             keep(nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]))
 
         return attention.register_forward_pre_hook(hook, with_kwargs=True)
@@ -215,8 +223,10 @@ def eager(module: Any) -> Iterator[None]:
         module.set_attn_implementation(before)
 
 
-def _giving_maps(tower: Tower) -> Any:
-    return maps.leaving(tower) if tower.row.packed and tower.row.segments else eager(tower.module)
+@contextmanager
+def _giving_maps(tower: Tower, ear: maps.Ear) -> Iterator[None]:
+    with maps.leaving(tower) if tower.row.packed and tower.row.segments else eager(tower.module), ear.open():
+        yield
 
 
 @contextmanager

@@ -90,6 +90,12 @@ class Patch:
         """What the registers are in."""
         return self._relay.tower
 
+    @property
+    def inside(self) -> Any:
+        """How many registers are in front of the tokens where this thread is now, inside a block or its attention."""
+        here = self._relay.here
+        return here.registers if here.block is not None or self.plan.form == "attention" else 0
+
     def __enter__(self) -> Patch:
         return self
 

@@ -112,9 +112,32 @@ def test_keys_and_maps_of_clip_are_open_clips():
                 with observe(model, keys=[1], states=[0, 1], attentions=[1]) as what:
                     run(model, given)
                 seen.append([*what.keys.values(), *what.states.values(), *what.attentions.values()])
+    for keys, *states, maps in seen:
+        assert [part.shape for part in (keys, *states)] == [(2, 17, zoo.CHANNELS)] * 3
+        assert maps.shape == (2, 4, 17, 17)
     for mine, other in zip(seen[:3], seen[3:], strict=True):
         for found, wanted in zip(mine, other, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+MAPPED = [*NAMES, "alpha_clip.VisionTransformer", "vjepa2.VisionTransformer", "MaskedAutoencoderViT", "RadioModel"]
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_maps_of_makers_own_code(name):
+    """What attention gives to tokens and to registers, without and with registers of either kind."""
+    model, inputs = zoo.build(name)
+    tower = find_tower(model)
+    state = torch.randn(2, 3, tower.channels, generator=torch.Generator().manual_seed(1))
+    with observe(model, attentions=[1, 2]) as plain, torch.no_grad():
+        model(**inputs)
+    for plan in (RegisterPlan({1: (3,)}, registers=3, entry=1, state=state), RegisterPlan({1: (3,)}, registers=2)):
+        with patch(model, plan), observe(model, attentions=[1, 2]) as seen, torch.no_grad():
+            model(**inputs)
+        for block in (1, 2):
+            assert seen.attentions[block].shape == plain.attentions[block].shape
+            torch.testing.assert_close(plain.attentions[block].sum(-1), torch.ones(plain.attentions[block].shape[:3]))
+            assert (seen.attentions[block].sum(-1) < 1).all()
 
 
 # Processors
