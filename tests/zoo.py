@@ -219,7 +219,15 @@ NECK = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
 WRAPPED = {"embed_dim": CHANNELS, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": PATCH}
 
 
-def _hidden(package: str, model: str, config: str, inputs: Any = None, other: Any = (), **settings: Any) -> Tiny:
+def _hidden(
+    package: str,
+    model: str,
+    config: str,
+    inputs: Any = None,
+    other: Any = (),
+    single: bool = False,
+    **settings: Any,
+) -> Tiny:
     """A class of transformers that it does not export."""
     module = f"transformers.models.{package}.modeling_{package}"
     settings = {**VISION, **settings}
@@ -228,7 +236,7 @@ def _hidden(package: str, model: str, config: str, inputs: Any = None, other: An
         code = importlib.import_module(module)
         return getattr(code, model)(getattr(code, config)(**settings))
 
-    return Tiny(make, inputs or images(), other)
+    return Tiny(make, inputs or images(), other, single=single)
 
 
 def _vision(package: str, name: str, inputs: Any, other: Any = ()) -> Tiny:
@@ -500,7 +508,7 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
     "ovis2": {
         "Ovis2VisionModel": _hidden(
             "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=16, num_visual_indicator_tokens=4,
-            hidden_stride=1,
+            hidden_stride=1, single=True,
         )
     },
     "radio": {
