@@ -5,6 +5,7 @@ import pytest
 import torchvision_stub
 
 torchvision_stub.install()  # before anything imports transformers
+pytest.register_assert_rewrite("commands")  # its assertions tell what differs, as those of tests do
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..images.takes import PIXELS
 from ..runtime.errors import UnsupportedModel
 from ..runtime.forwards import names as arguments_of
 from ..runtime.installer import Patch, active, patch
@@ -84,16 +86,28 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
     placed: dict[str, Any] = {
         name: value.to(device, weight.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
-    names = inspect.signature(module.forward).parameters
+    names = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters  # of what is compiled, if so
     if tower.row.packed:
         placed = _packed(placed, tower, names)
     if "mask_ratio" in names:
         placed["mask_ratio"] = 0.0  # a masked autoencoder sees every patch
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
-    first = () if "pixel_values" in names or "pixel_values" not in placed else (placed.pop("pixel_values"),)  # timm's x
-    with torch.no_grad():
+    if "skip_predictor" in names:
+        placed["skip_predictor"] = True  # what V-JEPA guesses of masked patches, at the cost of a second model
+    given = next(name for name in PIXELS if name in placed)
+    first = () if given in names else (placed.pop(given),)  # timm's x
+    with torch.no_grad(), as_written():
         return module(*first, **placed)
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Compiled code runs as it is written inside the `with`.
+
+    What looks inside a model would have it compiled anew for each look, and `fullgraph` allows no looking at all.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> dict[str, Any]:

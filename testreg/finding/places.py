@@ -8,7 +8,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from ..runtime import Tower, UnsupportedModel
+from ..runtime import Tower
+from ..runtime.errors import UnsupportedModel
 from ..runtime.paths import reach
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..images.streaming import Batch
 from ..runtime.errors import TestregError
 from ..runtime.towers import Tower
-from .answer import summary
+from .answers import answer, direction
 from .observe import run
 from .ondisk import OnDisk
 
@@ -210,7 +210,12 @@ def look(model: nn.Module, tower: Tower, inputs: Mapping[str, Tensor]) -> Look:
             f"block {int(broken.nonzero()[0])} gives NaN or infinity: the weights are broken, or {last[0].dtype} is "
             f"too narrow for this model; load it with dtype=torch.float32."
         )
-    return Look(_unpadded(stacked, inputs), summary(output, last[0], tower), _some(last[0][:, tower.prefix :]))
+    tokens = last[0]
+    if tower.row.packed:
+        said = direction(output, tokens)
+    else:
+        _, said = answer(output, lambda: tokens[:, 0] if tower.prefix else tokens.mean(1))
+    return Look(_unpadded(stacked, inputs), said, _some(tokens[:, tower.prefix :]))
 
 
 def patch_norms(tokens: Tensor, tower: Tower) -> Tensor:

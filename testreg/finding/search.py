@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..images.streaming import stream
+from ..images.takes import pixels
 from ..metrics import share as share_of
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from ..runtime.fingerprint import describe
@@ -20,12 +20,15 @@ from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
 from ..runtime.towers import Tower, find_tower
 from .choose import Search, Wanted
-from .count import Counted, count, quiet, total
+from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
-from .parallel import share, shared
 from .scan import TRIED, Kept, Norms, Sample
 from .sizes import Sizes
+from .survey import Running, Survey, spelled_out
 from .trial import Bench, Score, Threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
 # What the guard allows, on images that no choice was made on:
@@ -33,13 +36,11 @@ MOST_LEFT = 0.05  # of the outliers
 LEAST_COSINE, LEAST_FEATURES = 0.97, 0.95
 
 
+@spelled_out
 def find(
     model: nn.Module,
     images: Any,
     *,
-    processor: Callable[..., Any] | None = None,
-    batch_size: int = 16,
-    workers: int = 0,
     threshold: float | None = None,
     blocks: tuple[int, int] | None = None,
     top_k: int | None = None,
@@ -49,7 +50,7 @@ def find(
     sizes: Sequence[int] | None = None,
     recipe: Literal["auto", "paper"] = "auto",
     force: bool = False,
-    progress: bool = False,
+    **running: Unpack[Running],
 ) -> RegisterPlan:
     """Find the register neurons of `model`, and the registers that take their place with the least change.
 
@@ -62,7 +63,8 @@ def find(
     Args:
         model: a Vision Transformer, or a model that holds one, unpatched.
         images: see `testreg.images.stream`; at least 6 different ones.
-        processor: by default the one that lies with the checkpoint that the model was loaded from.
+        processor: by default the one that lies with the checkpoint that the model was loaded from; another one, or
+            its name, or the numbers of one, as in "224:0.5:0.5" (see `testreg.images.processors.named`).
         batch_size: images per forward pass.
         workers: processes that decode images.
         threshold: L2 norm in the residual stream from which on a patch is an outlier; by default, the distribution of
@@ -95,11 +97,10 @@ def find(
     _check(wanted, tower)
     if tower.row.packed:
         wanted = replace(wanted, form="attention")
-        batch_size = 1  # images of one sequence are told apart by being alone
-    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
+        running["batch_size"] = 1  # images of one sequence are told apart by being alone
+    survey = Survey(model, tower, images, **running)
 
-    def decide(parts: list[Counted]) -> RegisterPlan:
-        counted = total(parts, batches)
+    def decide(counted: Counted) -> RegisterPlan:
         norms, sample = counted.norms, counted.sample
         if len(sample) < FEWEST:
             raise BadImages(
@@ -107,15 +108,15 @@ def find(
             )
         found = located(norms, chosen(norms, threshold))
         ranked, tried, held = split(sample, found)
-        with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
+        with tqdm(desc="plans tried", unit="", disable=not survey.progress) as bar:
             search = Search(
-                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=batch_size, step=bar.update
+                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=survey.batch_size, step=bar.update
             )
             plan = search.best()
-            others = Sizes(model, tower, found, batches, [*tried, *ranked], held, batch_size, bar.update)
+            others = Sizes(model, tower, found, survey.batches, [*tried, *ranked], held, survey.batch_size, bar.update)
             fixed = registers is not None or recipe == "paper" or tower.row.packed
             plan, measured = others.fitted(plan, search.bench, () if fixed and sizes is None else sizes)
-        guard = Bench(model, tower, held, found.threshold, found.block, batch_size)
+        guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size)
         score = guard.score(plan)
         if not force:
             _refuse_harm(plan, score, guard.before)
@@ -124,7 +125,7 @@ def find(
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "sizes": measured,
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-            "resolution": None if tower.row.packed else _resolution(next(iter(sample)).inputs["pixel_values"]),
+            "resolution": None if tower.row.packed else _resolution(pixels(next(iter(sample)).inputs)),
             "artefact": found.to_dict(),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
@@ -148,8 +149,7 @@ def find(
         }
         return replace(plan, provenance=provenance)
 
-    with quiet(model):
-        return shared(lambda: count(model, tower, batches, progress), decide)
+    return survey.decide(decide)
 
 
 def located(norms: Norms, threshold: Threshold) -> Artefact:
@@ -201,9 +201,9 @@ def _intervals(score: Score) -> dict[str, list[float]]:
     }
 
 
-def _resolution(pixels: Tensor) -> list[int] | None:
-    """Height and width of the first image; None where images come as patches, `(images, patches, values)`."""
-    return list(pixels.shape[-2:]) if pixels.ndim > 3 else None
+def _resolution(image: Tensor) -> list[int] | None:
+    """Height and width of an image or a clip; None where images come as patches, `(images, patches, values)`."""
+    return list(image.shape[-2:]) if image.ndim > 3 else None
 
 
 def _check(wanted: Wanted, tower: Tower) -> None:

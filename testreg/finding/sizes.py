@@ -15,7 +15,9 @@ from torch.nn.functional import interpolate
 
 from ..images import Batch, ImageStream, stream
 from ..images.resized import resized
-from ..runtime import RegisterPlan, TestregError, Tower, patch
+from ..images.takes import pixels
+from ..runtime import RegisterPlan, Tower, patch
+from ..runtime.errors import TestregError
 from ..runtime.law import MOST_PATCHES, Law
 from .choose import GONE, as_good, climb, sizes_up_to
 from .detect import Artefact, rank
@@ -91,10 +93,10 @@ class Sizes:
             own: what the plan was chosen on.
             sides: in pixels; None = the usual ones.
         """
-        pixels, patches = self.kept[0].inputs["pixel_values"], self.kept[0].norms.shape[-1]
-        if (sides is not None and not sides) or pixels.ndim != 4:
+        image, patches = pixels(self.kept[0].inputs), self.kept[0].norms.shape[-1]
+        if (sides is not None and not sides) or image.ndim != 4:
             return plan, []
-        height, width = pixels.shape[-2:]
+        height, width = image.shape[-2:]
         wanted = usual(height, width, patches) if sides is None else [scaled(side, height, width) for side in sides]
         benches = [(side, kept, self._bench(kept)) for side in wanted if (kept := self._at(side))]
         for _, kept, bench in benches:
@@ -122,13 +124,14 @@ class Sizes:
             return []
 
     def _batches(self, side: tuple[int, int]) -> Iterator[Batch]:
-        height, width = self.kept[0].inputs["pixel_values"].shape[-2:]
+        height, width = pixels(self.kept[0].inputs).shape[-2:]
         processor = resized(self.images.processor, side[0] / height) if side[0] * width == side[1] * height else None
-        anew = processor is not None and not isinstance(self.images.source.images, Iterator)
+        given = self.images.source
+        anew = processor is not None and not given.once
         left = IMAGES
         if anew:
-            for batch in stream(self.images.source.images, processor, batch_size=1):
-                if tuple(batch.inputs["pixel_values"].shape[-2:]) != side:
+            for batch in stream(given.images, processor, model=self.model, batch_size=1):
+                if tuple(pixels(batch.inputs).shape[-2:]) != side:
                     break  # made by the user, or cut to a size of its own
                 if batch.digests[0] in self.apart:
                     continue
@@ -238,6 +241,6 @@ def _with_neurons(plan: RegisterPlan, more: Mapping[tuple[int, int], float]) -> 
 
 
 def _scaled(inputs: Mapping[str, Tensor], side: tuple[int, int]) -> dict[str, Tensor]:
-    pixels = inputs["pixel_values"]  # (1, channels, height, width)
-    scaled = interpolate(pixels.float(), size=side, mode="bicubic", antialias=True)
-    return {**inputs, "pixel_values": scaled.to(pixels.dtype)}
+    image = pixels(inputs)  # (1, channels, height, width)
+    scaled = interpolate(image.float(), size=side, mode="bicubic", antialias=True)
+    return {**inputs, "pixel_values": scaled.to(image.dtype)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+ASKED = ("model_input_names", "image_mean", "image_std", "do_normalize", "do_image_splitting")  # by `processors.call`
+
 
 class Resized:
     """An image processor of transformers, all of whose sizes are `factor` times its own.
@@ -15,7 +17,9 @@ class Resized:
 
     def __init__(self, processor: Any, factor: float):
         self.processor = processor
-        self.model_input_names = processor.model_input_names
+        for name in ASKED:
+            if hasattr(processor, name):
+                setattr(self, name, getattr(processor, name))
         self.sizes = {
             name: {edge: round(factor * pixels) for edge, pixels in own.items()}
             for name in ("size", "crop_size")

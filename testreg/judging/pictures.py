@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..finding.observe import observe, run, unpatched
 from ..finding.places import in_place
 from ..images.streaming import ImageStream, pictures, stream
+from ..images.takes import pixels
 from ..runtime.errors import BadPlan, UnsupportedModel
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
@@ -47,8 +49,8 @@ class View:
 def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     """A view of each image of a processed batch, of the model as it is now, patched or not."""
     tower = find_tower(model)
-    if inputs["pixel_values"].ndim != 4 and not tower.row.packed:
-        shape = tuple(inputs["pixel_values"].shape)
+    shape = tuple(pixels(inputs).shape)
+    if len(shape) != 4 and not tower.row.packed:
         raise UnsupportedModel(
             f"{type(tower.module).__name__} takes pixel values of the shape {shape}; maps can be drawn for photos "
             f"(images, channels, height, width) alone."
@@ -73,7 +75,7 @@ def clearest_block(seen: Iterable[View]) -> int:
 
 def show(
     model: nn.Module,
-    plan: RegisterPlan | None,
+    plan: RegisterPlan | str | Path | None,
     images: Any,
     *,
     processor: Any = None,
@@ -83,7 +85,7 @@ def show(
 
     Args:
         model: a Vision Transformer, or a model that holds one; as it was when the picture is done.
-        plan: the registers to draw; None = those of the patch that acts on the model.
+        plan: the registers to draw, or the path of their file; None = those of the patch that acts on the model.
         images: whatever `testreg.find` takes.
         processor: the image processor; by default the one that lies with the model's checkpoint.
         title: the line on top; by default the model's name.
@@ -104,6 +106,7 @@ def show(
                 "the command line)."
             )
         plan = current.plan
+    plan = RegisterPlan.of(plan)
     photos: list[Tensor] = []
     before: list[View] = []
     after: list[View] = []
@@ -111,17 +114,23 @@ def show(
     source = stream(images, processor, model=model, batch_size=1 if packed else MOST)
     seen = photographs(images) if packed else {}
     for inputs, digests in first(source, MOST):
-        if packed:
-            photos.append(seen.get(digests[0], BLANK))  # whose pixel values are patches, in an order of their own
-        else:
-            photos.extend(as_photo(pixels, source.processor) for pixels in inputs["pixel_values"])
         with unpatched(model):
             before.extend(views(model, inputs))
         with patch(model, plan):
             after.extend(views(model, inputs))
+        if packed:
+            photos.append(seen.get(digests[0], BLANK))  # whose pixel values are patches, in an order of their own
+        else:
+            photos.extend(as_photo(image, source.processor) for image in pixels(inputs))
+    source.warn()
     name = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     received = "class-token attention" if find_tower(model).prefix else "mean attention that each patch receives"
     return _draw(photos, before, after, title=name, subtitle=str(plan), attention=received)
+
+
+def photographs(images: Any) -> dict[str, Tensor]:
+    """Photos `(height, width, 3)` in 0..1 by their digests, of images that come as files or pictures."""
+    return {name: torch.from_numpy(np.array(photo)) / 255 for name, photo in pictures(images, MOST)}
 
 
 def first(source: ImageStream, left: int) -> Iterator[tuple[Mapping[str, Tensor], tuple[str, ...]]]:
@@ -133,20 +142,17 @@ def first(source: ImageStream, left: int) -> Iterator[tuple[Mapping[str, Tensor]
             return
 
 
-def photographs(images: Any) -> dict[str, Tensor]:
-    """Photos `(height, width, 3)` in 0..1 by their digests, of images that come as files or pictures."""
-    return {name: torch.from_numpy(np.array(photo)) / 255 for name, photo in pictures(images, MOST)}
-
-
-def as_photo(pixels: Tensor, processor: Any) -> Tensor:
-    """Pixel values `(3, height, width)` back as a photo `(height, width, 3)` in 0..1."""
+def as_photo(image: Tensor, processor: Any) -> Tensor:
+    """Pixel values `(channels, height, width)`, gray or RGB first, as a photo `(height, width, 3)` in 0..1."""
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    image = image[:3] if len(image) > 2 else image[:1]
     if mean is None or std is None or not getattr(processor, "do_normalize", True):
-        low, high = pixels.amin(), pixels.amax()
-        pixels = (pixels - low) / (high - low).clamp(min=1e-6)
+        low, high = image.amin(), image.amax()
+        image = (image - low) / (high - low).clamp(min=1e-6)
     else:
-        pixels = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return pixels.clamp(0, 1).permute(1, 2, 0)
+        mean, std = (torch.as_tensor(values).reshape(-1)[: len(image), None, None] for values in (mean, std))
+        image = image * std + mean
+    return image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
 
 
 INK, QUIET, MAP = "#1f2328", "#59636e", "inferno"

@@ -1,4 +1,8 @@
-"""Was it worth it? Pure functions of tensors; nothing here runs a model."""
+"""What can be measured of a model, as pure functions of tensors.
+
+Imports nothing else of the package, and runs no model. Read `outliers` first, which is what registers take away;
+`bootstrap` gives any of these numbers its interval.
+"""
 
 from .agreement import Agreement, agreement
 from .bootstrap import Interval, bootstrap, share

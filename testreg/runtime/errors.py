@@ -43,6 +43,10 @@ class ImagesSkipped(UserWarning):
     """Some of the images given cannot be used; the others are."""
 
 
+class ImagesDark(UserWarning):
+    """Some of the images given are nearly only black."""
+
+
 class ImagesRepeated(UserWarning):
     """Many of the images given are the same."""
 

@@ -71,6 +71,8 @@ def columns(tower: Tower, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, s
             weight = getattr(down, "weight", None)
             if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in ROUNDINGS or weight.ndim != 2:
                 return {}
+            if hasattr(weight, "device_mesh"):  # a shard of it is here
+                return {}
             weights[block] = weight.detach()[:, list(row)]  # (channels, neurons)
     if not weights:
         return {}

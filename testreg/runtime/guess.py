@@ -50,7 +50,7 @@ def unknown(model: nn.Module, known: str, resolve: Callable[[nn.Module, Family],
         return f"{told} It looks as if its blocks were at {row.blocks} of {type(module).__name__}, but: {error}"
     return (
         f"{told} If it is a Vision Transformer, describe it first, with the paths and number of prefix tokens checked "
-        f"({how}):\n"
+        f"({how}); on the command line by --family '{written(row)}', in Python by\n"
         f"    testreg.FAMILIES[{NAME!r}] = testreg.Family(\n        {written(row)})"
     ).replace(repr(NAME), f'"{NAME}"')
 

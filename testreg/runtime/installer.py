@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from .towers import Tower, blocks_of, find_tower, resolve
 from .turn import Turn, TurnCall
 
 
-def patch(model: nn.Module, found: RegisterPlan) -> Patch:
+def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
     """Give `model` the registers of `found`, in place, until the patch is removed.
 
     Args:
         model: a Vision Transformer, or a model that holds one; training mode, device and dtype may change afterwards.
-        found: the plan to apply.
+        found: the plan to apply, or the path of its file.
 
     Returns:
         The patch: a context manager with `.remove()`, which restores every output bit for bit. Of several patches on
@@ -35,15 +36,12 @@ def patch(model: nn.Module, found: RegisterPlan) -> Patch:
 
     Raises:
         UnsupportedModel: no family describes the model.
-        BadPlan: the plan does not fit the model.
+        BadPlan: the plan does not fit the model, or is none.
 
     Warns:
         AnotherModel: the plan was found on other weights.
     """
-    if not isinstance(found, RegisterPlan):
-        kind = type(found).__name__
-        raise BadPlan(f"a RegisterPlan is needed, not a {kind}: testreg.RegisterPlan.load(FILE) reads one.")
-    return Patch(model, found)
+    return Patch(model, RegisterPlan.of(found))
 
 
 def active(model: nn.Module) -> Patch | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return _load(directory, recipe, config, class_of(recipe.architecture, config), **unused)
 
 
-def fetch(path: str | Path, kwargs: dict[str, Any]) -> Path:
+def fetch(path: str | Path, kwargs: dict[str, Any], more: Iterable[str] = ()) -> Path:
     """The directory that `path`, a directory or a name on the hub, stands for; takes the hub's settings from `kwargs`.
+
+    Args:
+        more: patterns of files that are wanted beside `FILES`.
 
     Raises:
         BadCheckpoint: there is neither.
@@ -68,7 +72,7 @@ def fetch(path: str | Path, kwargs: dict[str, Any]) -> Path:
         if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise BadCheckpoint(f"there is no directory {path}. Give one with a config.json, or a name on the hub.")
         try:
-            directory = Path(snapshot_download(name, allow_patterns=FILES, **hub))
+            directory = Path(snapshot_download(name, allow_patterns=[*FILES, *more], **hub))
         except Exception as error:  # of the hub's client: offline, no such name, no access, a full disk
             raise BadCheckpoint(
                 f"{name} is no directory here, and cannot be had from the hub: {str(error).splitlines()[0]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,10 +124,44 @@ class RegisterPlan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the state as a tensor, all else as readable JSON in its metadata."""
+        """Write one safetensors file: the state as a tensor, all else as readable JSON in its metadata.
+
+        Folders that are missing are made. `~` is the home directory.
+        """
+        file = Path(path).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {} if self.state is None else {"state": self.state}
         metadata = {"format": FORMAT, "plan": json.dumps(self.to_dict(), sort_keys=True)}
-        Path(path).write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
+        file.write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
+
+    @classmethod
+    def of(cls, given: Any) -> RegisterPlan:
+        """A plan that was given as itself, as the path of its file, or as what `to_dict` gives of a dynamic one.
+
+        Raises:
+            BadPlan: it is nothing of the kind, or `load` or `from_dict` refuses it.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, (str, os.PathLike)):
+            return cls.load(os.fspath(given))
+        if isinstance(given, Mapping) and "neurons" in given:
+            if given.get("form") in FORMS and given["form"] != "dynamic":
+                raise BadPlan(
+                    f"the dict describes {given['form']} registers, and what they hold is not in it: give the plan "
+                    f"itself, or the file that plan.save(FILE) writes."
+                )
+            return cls.from_dict({**given})
+        shown = "{7: (417,)}"
+        if isinstance(given, Mapping):
+            raise BadPlan(
+                f"a dict is no register plan; where it maps blocks to neurons, as in {shown}, write "
+                f"testreg.RegisterPlan({shown})."
+            )
+        raise BadPlan(
+            f"a register plan is needed, what testreg.find(model, images) gives, or the path of its file, not a "
+            f"{type(given).__name__}."
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> RegisterPlan:
@@ -136,7 +171,7 @@ class RegisterPlan:
             BadPlan: the file is missing, damaged, of an unknown version, or holds values out of range.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safe_open(Path(path).expanduser(), framework="pt") as file:
                 metadata = file.metadata() or {}
                 names = list(file.keys())
                 if metadata.get("format") != FORMAT or set(names) - {"state"}:

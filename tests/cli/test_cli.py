@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from commands import PHOTOS, PROCESSOR, SHAPE, checkpoint, classifier, contents, noise, refused, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -29,50 +30,6 @@ from testreg.cli import words as text
 from testreg.cli.group import main
 from testreg.demo.planted import plant
 
-SHAPE = {
-    "hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96,
-    "image_size": 96, "patch_size": 8,
-}  # fmt: skip
-PROCESSOR = {"size": {"height": 96, "width": 96}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-PHOTOS = 12
-
-
-def run(*arguments, code=0):
-    """The command's result, which ended with `code`, and without a traceback."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
-
-
-def refused(*arguments, says, code=1):
-    """One line on stderr that says all of `says`; nothing on stdout."""
-    result = run(*arguments, code=code)
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("testreg: ")
-    for part in [says] if isinstance(says, str) else says:
-        assert part in lines[0]
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def noise(seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 96, 3), dtype=np.uint8))
-
-
-def checkpoint(folder, model):
-    model.save_pretrained(folder)
-    transformers.ViTImageProcessor(**PROCESSOR).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(autouse=True)
 def _no_bars():
@@ -80,12 +37,6 @@ def _no_bars():
     transformers.utils.logging.disable_progress_bar()
     yield
     transformers.utils.logging.enable_progress_bar()
-
-
-def classifier():
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(**SHAPE, num_labels=5)
-    return transformers.ViTForImageClassification(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -452,20 +403,22 @@ def test_a_folder_for_reading_only_is_refused_before_the_work(model, photos, tmp
 def test_nothing_that_exists_is_harmed(model, photos, clean, tmp_path):
     before = contents(model)
     refused("patch", model, "--images", photos, "--out", model, says="was loaded from")
-    refused("patch", model, "--images", photos, "--out", model, "--force", says="was loaded from")
+    refused("patch", model, "--images", photos, "--out", model, "--replace", says="was loaded from")
     assert contents(model) == before
     other = shutil.copytree(clean[0], tmp_path / "other")
-    refused("patch", model, "--images", photos, "--out", other, says=("not empty", "--force"))
+    refused("patch", model, "--images", photos, "--out", other, says=("not empty", "--replace"))
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("precious")
-    refused("patch", model, "--images", photos, "--out", tmp_path / "work", "--force", says="thesis.txt")
+    refused("patch", model, "--images", photos, "--out", tmp_path / "work", "--replace", says="thesis.txt")
     assert contents(other) == contents(clean[0])
 
 
-def test_force_replaces_a_checkpoint(model, photos, found, clean, tmp_path):
+@pytest.mark.parametrize("flag", ["--replace", "--force"])
+def test_a_checkpoint_is_replaced_where_that_is_said(model, photos, found, clean, tmp_path, flag):
     other = shutil.copytree(clean[0], tmp_path / "other")
     (other / "README.md").write_text("old")
-    run("patch", model, "--images", photos, "--plan", found[0], "--out", other, "--force")
+    done = run("patch", model, "--images", photos, "--plan", found[0], "--out", other, flag)
+    assert ("for that alone is --replace" in done.stderr) == (flag == "--force")
     assert "test-time-registers" in (other / "README.md").read_text()
 
 
@@ -596,6 +549,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(model, photos, tmp_path):
     while time.monotonic() < deadline and child.poll() is None:
         if any(str(many) in name for name in _links(reading)):
             break
+        time.sleep(0.001)
     child.send_signal(signal.SIGINT)
     began = time.monotonic()
     out, err = child.communicate(timeout=30)
@@ -716,7 +670,7 @@ def real(assets, count, folder):
 
 
 def test_the_main_job_on_a_real_checkpoint(assets, tmp_path):
-    arguments = ("--images", real(assets, 64, tmp_path / "photos"), "--out", tmp_path / "clean", "--json")
+    arguments = ("--images", real(assets, 32, tmp_path / "photos"), "--out", tmp_path / "clean", "--json")
     values = json.loads(run("patch", assets / "checkpoints/vit-tiny-augreg", *arguments).stdout)
     told = values["plan"]["provenance"]
     assert (told["candidates"][0]["block"], told["candidates"][0]["neuron"]) == (7, 417)

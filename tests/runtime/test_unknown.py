@@ -86,11 +86,13 @@ class Rose(Embedded):
 
 
 def test_the_row_that_is_shown_has_all_that_can_be_seen():
-    message = told(Rose())
-    assert message.endswith(
-        '(tried on its first block):\n    testreg.FAMILIES["my-vit"] = testreg.Family(\n'
-        '        "Rose", "trunk", "down", "attn", prefix=1, prefix_from="num_register_tokens", seed="ln_pre", '
-        'masks=("attn_mask",), package="garden")'
+    row = (
+        '"Rose", "trunk", "down", "attn", prefix=1, prefix_from="num_register_tokens", seed="ln_pre", '
+        'masks=("attn_mask",), package="garden"'
+    )
+    assert told(Rose()).endswith(
+        f"(tried on its first block); on the command line by --family '{row}', in Python by\n"
+        f'    testreg.FAMILIES["my-vit"] = testreg.Family(\n        {row})'
     )
 
 
