@@ -21,7 +21,7 @@ from testreg.demo.demonstration import demo_photos
 from testreg.finding.observe import run
 from testreg.images.streaming import stream
 from testreg.judging.pictures import as_photo, clearest_block, views
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 BEFORE, AFTER, QUIET = "#c4442f", "#2f6fc4", "#59636e"
 DOCS = Path(__file__).parent

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from zoo import PATCH, ROWS, pixels
 
-from testreg.runtime.families import Tower, find_tower
+from testreg.runtime.towers import Tower, find_tower
 
 IMAGES, BLOCK, NEURON, STRENGTH = 16, 1, 7, 40.0
 MARK = 2.0  # the pixels of one patch of every image
@@ -22,7 +22,7 @@ def plant(model: nn.Module, inputs: dict[str, Any], special: Tensor) -> None:
     """
     tower = find_tower(model)
     readers = _readers(tower)
-    read = _inputs_of(model, inputs, readers[0])  # (images, tokens, channels)
+    read = tower.batched(_inputs_of(model, inputs, readers[0]))  # (images, tokens, channels)
     flat, wanted = read.flatten(0, 1).double(), special.flatten().double()
     flat = torch.cat([flat, torch.ones(len(flat), 1, dtype=flat.dtype)], 1)
     weights = 1 + wanted * (len(wanted) / wanted.sum() - 1)  # the few count as much as the many
@@ -62,9 +62,7 @@ def norms(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Norms of the patches after each block, `(blocks, images, patches)`."""
     tower, found = find_tower(model), []
     handles = [
-        block.register_forward_hook(
-            lambda _, args, output: found.append(output[0] if isinstance(output, tuple) else output)
-        )
+        block.register_forward_hook(lambda _, args, output: found.append(tower.batched(output)))
         for block in tower.blocks
     ]
     model(**inputs)

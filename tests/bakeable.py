@@ -6,7 +6,7 @@ import transformers as hf
 from testreg import RegisterPlan
 from testreg.demo.planted import plant
 from testreg.finding.observe import observe, run
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 SIZE, CHANNELS, BLOCKS = 64, 64, 5
 VISION = {

@@ -8,7 +8,7 @@ from torch.nn.functional import one_hot
 
 from testreg import RegisterPlan
 from testreg.finding.observe import observe, run
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 timm = pytest.importorskip("timm")
 

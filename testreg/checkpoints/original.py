@@ -13,9 +13,9 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..runtime.errors import BadCheckpoint, TestregError
-from ..runtime.families import find_tower
 from ..runtime.modeling_testreg import fetch, first_line, skeleton
 from ..runtime.recipe import MODEL_TYPE, read_json
+from ..runtime.towers import find_tower
 from . import of_timm
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import BadCheckpoint, Harmful, TestregError, UnsupportedModel
-from ..runtime.families import find_tower, reach
 from ..runtime.modeling_testreg import load
+from ..runtime.paths import reach
+from ..runtime.towers import find_tower
 
 BATCHES = (1, 8)  # sizes that the file is checked with; it takes any
 # In float32 of the largest error, relative to the largest value or to 1; in float16 of the error's norm, relative to

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import BadPlan, Harmful
-from ..runtime.families import Tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from .detect import Artefact, Candidate, Ranking, rank
 from .kinds import Kinds
 from .scan import Kept, look, stack, together

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..images.streaming import Batch, ImageStream
 from ..runtime.errors import BadImages, ImagesRepeated, UnsupportedModel
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
 from .observe import as_written
 from .scan import SAMPLE, Norms, Sample, scan
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..metrics.outliers import BlockNorms
 from ..runtime.errors import BadPlan
-from ..runtime.families import Tower, reach
 from ..runtime.offload import present
+from ..runtime.paths import reach
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from .observe import run
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
@@ -25,7 +26,7 @@ STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
 SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
 FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
-SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2")  # what multiplies an MLP's output
+SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2", "ls2")
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,7 @@ def rank(
         blocks: where register neurons may be.
         entries: blocks whose input at the outliers is wanted.
         rows: what attention is given at the outliers is wanted too, in these blocks and all behind them.
-        by_activation: score every neuron by its mean activation at outliers alone, as published (arXiv 2506.08010,
-            section 4.1).
+        by_activation: score neurons by their mean activation at outliers alone, as in arXiv 2506.08010, section 4.1.
     """
     sums, streams = ({block: _Sums() for block in blocks} for _ in range(2))
     states: dict[int, list[Tensor]] = {entry: [] for entry in entries if entry}
@@ -212,11 +212,11 @@ def rank(
                 raise Enough
 
         def activations(index: int, outliers: Tensor = outliers) -> Any:
-            return lambda module, args: sums[index].add(args[0][:, -outliers.shape[1] :], outliers)
+            return lambda module, args: sums[index].add(tower.batched(args[0])[:, -outliers.shape[1] :], outliers)
 
         def into_attention(index: int, outliers: Tensor = outliers) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                patches = (args[0] if args else next(iter(kwargs.values())))[:, -outliers.shape[1] :]
+                patches = tower.batched(args or tuple(kwargs.values()))[:, -outliers.shape[1] :]
                 given[index].append(patches[outliers.to(patches.device)].float().cpu())
 
             return hook
@@ -285,7 +285,7 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
     at_outliers, at_ordinary, _ = stream.means()  # (channels,)
     away = torch.nn.functional.normalize(at_outliers - at_ordinary, dim=0)
     with present(tower.blocks[block]):
-        scale = reach(tower.blocks[block], SCALES)
+        scale = reach(tower.blocks[block], SCALES)  # what multiplies the MLP's output
         if isinstance(scale, Tensor):
             away = away * scale.detach().double().cpu()
         down: Any = tower.downs[block]

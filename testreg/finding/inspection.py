@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..metrics.outliers import BlockNorms
 from ..metrics.sinks import EPSILON, received
 from ..runtime.errors import UnsupportedModel
-from ..runtime.families import Tower, find_tower, reach
+from ..runtime.paths import reach
+from ..runtime.towers import Tower, find_tower
 from . import language
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
@@ -25,6 +26,14 @@ from .trial import Threshold
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+NATIVE = (
+    "config.num_register_tokens",
+    "config.num_registers",
+    "num_reg_tokens",
+    "num_register_tokens",
+    "n_storage_tokens",
+    "patch_generator.num_registers",
+)
 FEW = 4  # images whose attention maps are looked at
 
 
@@ -139,6 +148,8 @@ def inspect(
         return language.inspect(model, text, tokenizer=tokenizer, batch_size=size)
     tower = find_tower(model)
     check_threshold(threshold)
+    if tower.row.packed:
+        running["batch_size"] = 1  # images of one sequence are told apart by being alone
     survey = Survey(model, tower, images, **running)
 
     def decide(counted: Counted) -> Inspection:
@@ -194,4 +205,4 @@ def native(model: nn.Module) -> int:
 
 
 def _native(tower: Tower) -> int:
-    return int(reach(tower.module, ("config.num_register_tokens", "num_reg_tokens")) or 0)
+    return int(reach(tower.module, NATIVE) or 0)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..images.streaming import Batch
 from ..runtime.errors import TestregError
-from ..runtime.families import Tower
-from .answers import answer
+from ..runtime.towers import Tower
+from .answers import answer, direction
 from .observe import run
 from .ondisk import OnDisk
 
@@ -29,7 +29,7 @@ BINS = 48 * PER_OCTAVE
 TRIED = 16  # images to rank neurons on, and as many to try plans on
 GUARD = 256  # and those that the guard looks at, at most
 SAMPLE = 2 * TRIED + GUARD  # images that are kept
-PADDING = ("pixel_attention_mask", "patch_attention_mask")  # inputs that say which patches are none
+PADDING = ("pixel_attention_mask", "patch_attention_mask", "patch_valid")  # inputs that say which patches are none
 PATCHES = 256  # patches of a kept image whose features are compared before and after
 FEATURES = "last.features"  # a name that no input of a model can have
 
@@ -211,7 +211,10 @@ def look(model: nn.Module, tower: Tower, inputs: Mapping[str, Tensor]) -> Look:
             f"too narrow for this model; load it with dtype=torch.float32."
         )
     tokens = last[0]
-    _, said = answer(output, lambda: tokens[:, 0] if tower.prefix else tokens.mean(1))
+    if tower.row.packed:
+        said = direction(output, tokens)
+    else:
+        _, said = answer(output, lambda: tokens[:, 0] if tower.prefix else tokens.mean(1))
     return Look(_unpadded(stacked, inputs), said, _some(tokens[:, tower.prefix :]))
 
 
@@ -225,7 +228,7 @@ def outputs(tower: Tower, read: Callable[[int, Tensor], None]) -> Iterator[None]
     """Inside the `with`, `read(index, tokens)` gets every block's output `(images, tokens, channels)`."""
 
     def hook(index: int) -> Any:
-        return lambda module, args, output: read(index, output[0] if isinstance(output, tuple) else output)
+        return lambda module, args, output: read(index, tower.batched(output))
 
     handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(tower.blocks)]
     try:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from ..images.takes import pixels
 from ..metrics import share as share_of
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
-from ..runtime.families import Tower, find_tower
 from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
+from ..runtime.towers import Tower, find_tower
 from .choose import Search, Wanted
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
@@ -95,6 +95,9 @@ def find(
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe, sizes)
     _check(wanted, tower)
+    if tower.row.packed:
+        wanted = replace(wanted, form="attention")
+        running["batch_size"] = 1  # images of one sequence are told apart by being alone
     survey = Survey(model, tower, images, **running)
 
     def decide(counted: Counted) -> RegisterPlan:
@@ -111,7 +114,7 @@ def find(
             )
             best = search.best()
             others = Sizes(model, tower, found, survey.batches, [*tried, *ranked], held, survey.batch_size, bar.update)
-            fixed = registers is not None or recipe == "paper"
+            fixed = registers is not None or recipe == "paper" or tower.row.packed
             more = range(0) if top_k is not None else search.blocks
             plan, measured = others.fitted(best, search.bench, () if fixed and sizes is None else sizes, more)
         guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size)
@@ -123,7 +126,7 @@ def find(
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "sizes": measured,
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-            "resolution": _resolution(pixels(next(iter(sample)).inputs)),
+            "resolution": None if tower.row.packed else _resolution(pixels(next(iter(sample)).inputs)),
             "artefact": found.to_dict(),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
@@ -225,6 +228,16 @@ def _check(wanted: Wanted, tower: Tower) -> None:
     sides: Any = wanted.sizes
     if sides is not None and not (isinstance(sides, (tuple, list)) and all(_whole(side, 1, 2**15) for side in sides)):
         raise BadPlan(f"sizes must be sides in pixels, as in (160, 448), not {sides!r:.100}.")
+    if tower.row.packed and (wanted.form in ("dynamic", "constant") or wanted.recipe == "paper"):
+        raise BadPlan(
+            f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
+            f"belong to all of them: only form='attention' and recipe='auto' fit it."
+        )
+    if tower.row.packed and sides:
+        raise BadPlan(
+            f"{type(tower.module).__name__} takes each image at a size of its own, so sizes cannot be set: give images "
+            f"of the sizes that matter."
+        )
     if wanted.form == "constant" and wanted.entry == 0:
         raise BadPlan(
             "constant registers hold what outlier patches have inside the network, so entry must be 1 or more; only "

@@ -21,7 +21,7 @@ from ..runtime.errors import TestregError
 from ..runtime.law import MOST_PATCHES, Law
 from .choose import GONE, as_good, climb, sizes_up_to
 from .detect import Artefact, rank
-from .observe import grid
+from .places import grid
 from .scan import Kept, look, scan, stack, together
 from .trial import Bench, Score
 

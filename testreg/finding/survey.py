@@ -11,7 +11,7 @@ from typing import Any, TypedDict, TypeVar
 from torch import nn
 
 from ..images.streaming import ImageStream, stream
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
 from .count import Counted, count, quiet, total
 from .parallel import share, shared
 from .scan import SAMPLE

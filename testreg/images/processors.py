@@ -155,7 +155,7 @@ def call(
     for key in PIXELS:
         if key in inputs and isinstance(picture, list) and inputs[key].ndim == 4:
             inputs[key] = inputs[key][None]  # (frames, channels, height, width) -> (1, frames, ...)
-    return inputs if takes.frames is not None else _whole(inputs)
+    return inputs if takes.frames is not None or takes.packed else _whole(inputs)
 
 
 def _whole(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -122,9 +122,11 @@ class Source:
         key = next(name for name in PIXELS if name in inputs)
         if len(inputs) == 1 and inputs[key].ndim == (3 if self.takes.frames is None else 4):
             inputs[key] = inputs[key][None]  # a row of a data set: (channels, height, width), of clips with frames
-        images = check(inputs, name)
-        for index in range(images):
-            yield Item(f"{name}[{index}]", {key: value[index : index + 1].clone() for key, value in inputs.items()})
+        index = 0
+        for part in apart(inputs):
+            for image in range(check(part, name)):
+                yield Item(f"{name}[{index}]", {key: value[image : image + 1].clone() for key, value in part.items()})
+                index += 1
 
     def _parts(self, value: Any) -> Iterable[Any]:
         if not hasattr(value, "__iter__"):  # a map-style data set, which need not say where it ends
@@ -171,6 +173,24 @@ class Source:
 def is_open(value: Any) -> bool:
     """Whether `value` is an open file, of whatever library."""
     return hasattr(value, "read") and hasattr(value, "readable")
+
+
+def apart(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Processed inputs with an axis of images; of images whose patches come as one sequence, one dict per image.
+
+    Such sequences, `(all patches, ...)`, come with the grids of the images, `(images, 3)`: frames, rows and columns.
+    What is no such sequence comes back as it is.
+    """
+    seen = inputs.get(PIXELS[0])
+    for grid in (value for key, value in inputs.items() if "grid" in key and value.ndim == 2):
+        lengths = grid.prod(-1)
+        if seen is not None and seen.ndim and int(lengths.sum()) == len(seen):
+            rest = {key: value for key, value in inputs.items() if key != PIXELS[0]}
+            return [
+                {PIXELS[0]: patches[None], **{key: value[image : image + 1] for key, value in rest.items()}}
+                for image, patches in enumerate(seen.split(lengths.tolist()))
+            ]
+    return [inputs]
 
 
 def check(inputs: Mapping[str, Tensor], name: str) -> int:

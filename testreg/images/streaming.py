@@ -29,7 +29,8 @@ class Batch:
 
     Attributes:
         inputs: what the model is called with, on the CPU; every tensor has the axis of images first, as in
-            `pixel_values (images, channels, height, width)`, or `(clips, frames, channels, height, width)`.
+            `pixel_values (images, channels, height, width)`, or `(clips, frames, channels, height, width)`, or
+            `(images, patches, ...)` where a tower takes the patches of all images as one sequence.
         digests: one per image, SHA-256 in hexadecimal of its mode, its size and its upright pixels (of the tensors,
             where the image came processed): the same image has the same digest in any file format, order, batch or run.
             Of a clip, that of the frames that the model sees.
@@ -95,6 +96,21 @@ def stream(
             raise
         missing = str(error)  # which matters only if an image turns up that needs a processor
     return ImageStream(images, found, batch_size, workers, missing, share, wanted)
+
+
+def pictures(images: Any, most: int) -> Iterator[tuple[str, Image.Image]]:
+    """Digests as those of `Batch`, and upright RGB pictures, of the first images that are whole files or pictures."""
+    for item in sources.Source(images):
+        if most <= 0:
+            return
+        if not isinstance(item.value, (os.PathLike, bytes, Image.Image)):
+            continue
+        try:
+            picture = item.value if isinstance(item.value, Image.Image) else decode.decode(item.value)
+        except Exception:  # broken: whoever streams the images says so
+            continue
+        yield decode.digest(picture), picture
+        most -= 1
 
 
 class ImageStream:
@@ -252,10 +268,10 @@ class _Prepare(Dataset[_Prepared]):
     def _process(self, picture: Image.Image | list[Image.Image]) -> dict[str, Tensor]:
         assert self.processor is not None
         # One image at a time: what it becomes, and whether it can be processed, does not depend on its neighbours.
-        inputs = processors.call(self.processor, picture, self.takes)
-        if sources.check(inputs, "what the processor makes of it") != 1:
+        images = sources.apart(processors.call(self.processor, picture, self.takes))
+        if len(images) != 1 or sources.check(images[0], "what the processor makes of it") != 1:
             raise ValueError("the processor makes several images of it")
-        return inputs
+        return images[0]
 
 
 def _digest(inputs: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..runtime.errors import BadImages, UnsupportedModel
-from ..runtime.families import find_tower, reach
+from ..runtime.paths import reach
+from ..runtime.towers import find_tower
 
 PIXELS = ("pixel_values", "pixel_values_videos")  # what models call them
 
@@ -23,12 +24,14 @@ class Takes:
         channels: of an image or a frame.
         frames: of a clip; None where it takes images.
         exact: clips have to have so many frames; else so many are taken of longer ones.
+        packed: it takes the patches of images of any size as one sequence.
     """
 
     model: str = ""
     channels: int = 3
     frames: int | None = None
     exact: bool = False
+    packed: bool = False
 
     @property
     def mode(self) -> str:
@@ -54,7 +57,7 @@ class Takes:
                 channels or frames; `name` says whose.
         """
         shape = tuple(pixels(inputs).shape)  # (images, channels, height, width) or (clips, frames, channels, ...)
-        if not self.model or len(shape) not in (4, 5):  # images that are packed as patches
+        if not self.model or self.packed or len(shape) not in (4, 5):  # or images come as patches
             return
         if len(shape) == 5 and self.frames is None:
             raise BadImages(
@@ -77,13 +80,14 @@ def taken_by(model: Any) -> Takes:
     if model is None:
         return Takes()
     try:
-        tower: nn.Module = find_tower(model).module
+        found = find_tower(model)
     except UnsupportedModel:  # whoever needs it to be a Vision Transformer says so
         return Takes()
+    tower: nn.Module = found.module
     embed = next((part for part in tower.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))), None)
     channels = embed.in_channels if embed else reach(tower, "config.num_channels") or 3
-    if not isinstance(embed, nn.Conv3d):
-        return Takes(type(tower).__name__, int(channels))
+    if found.row.packed or not isinstance(embed, nn.Conv3d):  # a photo is a clip of one frame to the former
+        return Takes(type(tower).__name__, int(channels), packed=found.row.packed)
     fixed = reach(tower, "config.num_frames")  # its table of positions is so long; others turn with the frames
     return Takes(
         type(tower).__name__, channels, int(fixed or reach(tower, "config.frames_per_clip") or 16), bool(fixed)

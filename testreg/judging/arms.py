@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..finding.observe import NOTHING, grid, observe, run
+from ..finding.observe import NOTHING, observe, run
+from ..finding.places import in_place
 from ..finding.trial import Threshold
 from ..images import processors
 from ..images.streaming import stream
 from ..images.takes import pixels, taken_by
 from ..metrics.outliers import interpolate
-from ..runtime.families import Tower, find_tower
 from ..runtime.installer import check, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 USUAL = Threshold(4.0)  # from which norm on a patch is an outlier, where no plan says
@@ -97,11 +98,9 @@ class Arm:
         states = kinds["states"] | set(stands_out.values())
         with observe(self.model, keys=kinds["keys"], states=states) as seen:
             run(self.model, inputs)
-        height, width = pixels(inputs).shape[-2:]
 
         def patches(tokens: Tensor) -> Tensor:
-            tokens = tokens[0, tower.prefix :].float().cpu()
-            return tokens.unflatten(0, grid(height, width, len(tokens)))
+            return in_place(tokens[0, tower.prefix :].float().cpu(), tower, inputs, 0)
 
         found = []
         for kind, block in wanted:
@@ -120,12 +119,10 @@ class Arm:
             run(self.model, inputs)
         maps = seen.attentions[last][0].float().mean(dim=0)  # (tokens, tokens)
         maps = (maps[:1] if tower.prefix else maps)[:, tower.prefix :].mean(dim=0).cpu()  # (patches,)
-        height, width = pixels(inputs).shape[-2:]
-        size = grid(height, width, len(maps))
-        maps = maps.unflatten(0, size)
+        maps = in_place(maps, tower, inputs)
         if not self.repair:
             return maps
-        before = seen.states[max(last - 1, 0)][0, tower.prefix :].float().cpu().unflatten(0, size)
+        before = in_place(seen.states[max(last - 1, 0)][0, tower.prefix :].float().cpu(), tower, inputs, 0)
         return interpolate(maps[..., None], outlying(before, self.repair))[..., 0]
 
 
@@ -162,7 +159,7 @@ def arms(
         found.append(Arm(PATCHED, model, processor, plan))
         if baselines:
             found += [
-                Arm("inert zero token", model, processor, RegisterPlan({}, registers=1)),
+                Arm("inert zero token", model, processor, _inert(find_tower(model))),
                 Arm(
                     "neurons taken, no register",
                     model,
@@ -175,6 +172,12 @@ def arms(
     for name, other in (against or {}).items():
         found.append(Arm(name, other, processors.chosen(None, other, taken_by(other))))
     return found
+
+
+def _inert(tower: Tower) -> RegisterPlan:
+    """One register of zeros that nothing is moved to: a token, or, where none can join, a row in attention alone."""
+    state = torch.zeros(len(tower.blocks), 1, tower.channels) if tower.row.packed else None
+    return RegisterPlan({}, registers=1, state=state)
 
 
 def random_neurons(tower: Tower, plan: RegisterPlan, seed: int = 0) -> RegisterPlan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -14,15 +15,17 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..finding.observe import grid, observe, run, unpatched
-from ..images.streaming import ImageStream, stream
+from ..finding.observe import observe, run, unpatched
+from ..finding.places import in_place
+from ..images.streaming import ImageStream, pictures, stream
 from ..images.takes import pixels
 from ..runtime.errors import BadPlan, UnsupportedModel
-from ..runtime.families import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import find_tower
 from .charts import round_ticks
 
+BLANK = torch.full((64, 64, 3), 0.5)  # where there is no photo, only what a processor made of it
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # how the names of pictures end
 MOST = 12  # photos in one picture; more are too small to see
 
@@ -47,7 +50,7 @@ def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     """A view of each image of a processed batch, of the model as it is now, patched or not."""
     tower = find_tower(model)
     shape = tuple(pixels(inputs).shape)
-    if len(shape) != 4:
+    if len(shape) != 4 and not tower.row.packed:
         raise UnsupportedModel(
             f"{type(tower.module).__name__} takes pixel values of the shape {shape}; maps can be drawn for photos "
             f"(images, channels, height, width) alone."
@@ -59,13 +62,9 @@ def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     attention = seen.attentions[last].float().mean(dim=1)  # (batch, tokens, tokens)
     attention = (attention[:, :1] if tower.prefix else attention).mean(dim=1)  # (batch, tokens)
     registers = (1 - attention.sum(dim=-1)).clamp(min=0)
-    attention = attention[:, tower.prefix :]  # (batch, patches)
-    height, width = shape[-2:]
-    size = grid(height, width, norms.shape[-1])
-    return [
-        View(norm.unflatten(-1, size).cpu(), share.unflatten(-1, size).cpu(), float(taken))
-        for norm, share, taken in zip(norms, attention, registers, strict=True)
-    ]
+    norms = in_place(norms, tower, inputs).cpu()  # (batch, blocks, rows, columns)
+    attention = in_place(attention[:, tower.prefix :], tower, inputs).cpu()  # (batch, rows, columns)
+    return [View(norm, share, float(taken)) for norm, share, taken in zip(norms, attention, registers, strict=True)]
 
 
 def clearest_block(seen: Iterable[View]) -> int:
@@ -111,23 +110,33 @@ def show(
     photos: list[Tensor] = []
     before: list[View] = []
     after: list[View] = []
-    source = stream(images, processor, model=model, batch_size=MOST)
-    for inputs in _first(source):
+    packed = find_tower(model).row.packed
+    source = stream(images, processor, model=model, batch_size=1 if packed else MOST)
+    seen = photographs(images) if packed else {}
+    for inputs, digests in first(source, MOST):
         with unpatched(model):
             before.extend(views(model, inputs))
         with patch(model, plan):
             after.extend(views(model, inputs))
-        photos.extend(as_photo(image, source.processor) for image in pixels(inputs))
+        if packed:
+            photos.append(seen.get(digests[0], BLANK))  # whose pixel values are patches, in an order of their own
+        else:
+            photos.extend(as_photo(image, source.processor) for image in pixels(inputs))
     source.warn()
     name = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     received = "class-token attention" if find_tower(model).prefix else "mean attention that each patch receives"
     return _draw(photos, before, after, title=name, subtitle=str(plan), attention=received)
 
 
-def _first(source: ImageStream) -> Iterator[Mapping[str, Tensor]]:
-    left = MOST
+def photographs(images: Any) -> dict[str, Tensor]:
+    """Photos `(height, width, 3)` in 0..1 by their digests, of images that come as files or pictures."""
+    return {name: torch.from_numpy(np.array(photo)) / 255 for name, photo in pictures(images, MOST)}
+
+
+def first(source: ImageStream, left: int) -> Iterator[tuple[Mapping[str, Tensor], tuple[str, ...]]]:
+    """Batches of inputs, and digests, of the first images alone."""
     for batch in source:
-        yield {name: value[:left] for name, value in batch.inputs.items()}
+        yield {name: value[:left] for name, value in batch.inputs.items()}, batch.digests[:left]
         left -= len(batch)
         if left <= 0:
             return

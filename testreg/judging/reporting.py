@@ -20,18 +20,19 @@ from torch import Tensor, nn
 
 from ..finding.detect import threshold_of
 from ..finding.inspection import Inspection, inspect
-from ..finding.observe import grid, observe, run, unpatched
+from ..finding.observe import observe, run, unpatched
+from ..finding.places import in_place
 from ..finding.trial import Threshold
 from ..images.streaming import stream
 from ..images.takes import pixels
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
 from ..runtime.errors import BadPlan
-from ..runtime.families import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import find_tower
 from . import charts
-from .pictures import View, as_photo, clearest_block, views
+from .pictures import BLANK, View, as_photo, clearest_block, first, photographs, views
 from .tasks.base import ask
 
 GALLERY = 8  # photos that are shown
@@ -92,14 +93,9 @@ def report(
     """
     current = active(model)
     plan = RegisterPlan.of(plan) if plan is not None else current.plan if current else None
-    source = stream(images, processor, model=model)
-    batches: list[Mapping[str, Tensor]] = []
-    left = most
-    for batch in source:
-        batches.append({name: value[:left] for name, value in batch.inputs.items()})
-        left -= len(batch)
-        if left <= 0:
-            break
+    packed = find_tower(model).row.packed
+    source = stream(images, processor, model=model, batch_size=1 if packed else 16)
+    batches, digests = [list(part) for part in zip(*first(source, most), strict=True)]
     source.warn()
     with unpatched(model):
         found = inspect(model, batches, threshold=threshold_of(plan) if plan else None)
@@ -108,7 +104,11 @@ def report(
     if plan is not None:
         with patch(model, plan):
             after = _look(model, batches)
-    pictures = [as_photo(image, source.processor) for batch in batches for image in pixels(batch)][:GALLERY]
+    if packed:
+        seen = photographs(images)
+        pictures = [seen.get(digest, BLANK) for row in digests for digest in row][:GALLERY]
+    else:
+        pictures = [as_photo(image, source.processor) for batch in batches for image in pixels(batch)][:GALLERY]
     block = clearest_block(before.views)
     named = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     environment = Environment(loader=PackageLoader("testreg.judging"), autoescape=True, undefined=StrictUndefined)
@@ -161,9 +161,8 @@ def _look(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Side:
         if len(features) < GALLERY:
             with observe(model, states=[last]) as state:
                 run(model, inputs)
-            height, width = pixels(inputs).shape[-2:]
             patches = state.states[last][:, tower.prefix :].float().cpu()
-            features += list(patches.unflatten(1, grid(height, width, patches.shape[1])))
+            features += list(in_place(patches, tower, inputs, 1))
     return Side(seen, features[:GALLERY], torch.cat(answers))
 
 

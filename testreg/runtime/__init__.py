@@ -2,8 +2,8 @@
 
 Imports nothing else of the package, since these files are copied into every checkpoint as they are. Read `plan` first
 (what is done to a model, as a value), then `installer` (it is done, and undone), `forwards` (by which modules) and
-`redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts, `errors` what can go
-wrong.
+`redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts, `towers` finds them,
+`errors` says what can go wrong.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .families import FAMILIES, Family, Tower, find_tower
+    from .families import FAMILIES, Family
     from .installer import Patch, active, patch
     from .modeling_testreg import load
     from .plan import RegisterPlan
+    from .towers import Tower, find_tower
 
 __version__ = "0.2.0"
 
@@ -52,7 +53,8 @@ if not TYPE_CHECKING:  # or checkers would take any name
     __getattr__ = lazily(
         __name__,
         {
-            **dict.fromkeys(("FAMILIES", "Family", "Tower", "find_tower"), "families"),
+            **dict.fromkeys(("FAMILIES", "Family"), "families"),
+            **dict.fromkeys(("Tower", "find_tower"), "towers"),
             **dict.fromkeys(("Patch", "active", "patch"), "installer"),
             "RegisterPlan": "plan",
             "load": "modeling_testreg",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadPlan
-from .families import Tower, find_tower
 from .offload import present
 from .plan import RegisterPlan
+from .towers import Tower, find_tower
 
 ROUNDINGS = {
     torch.float64: (torch.float64, torch.float32, torch.float16, torch.bfloat16),

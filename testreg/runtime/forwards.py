@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import redirect
+from . import packed, redirect
 from .errors import TestregError, UnsupportedModel
 from .relay import Placed, Relay, Start
 
 ATTENTION, NEURONS = 1, 2  # what acts inside a block
+LONGEST = "max_seqlen"  # transformers' name of the longest segment
 SQUARE = "attn_mask"  # torch's own name of a mask, whose two dimensions are queries and keys
 
 
@@ -103,7 +104,8 @@ class Attention(Forward):
     def __init__(self, relay: Relay, index: int, module: nn.Module):
         super().__init__(relay, index, module)
         row, plan = relay.tower.row, relay.plan
-        self.masks, self.rope, self.positions = row.masks, row.rope, row.positions
+        self.masks, self.rope, self.segments = row.masks, row.rope, row.segments
+        self.positions = row.positions if row.positions in self.names else None
         self.growing = {*row.masks, row.rope}
         self.padded = plan.form == "dynamic" and index in plan.neurons
         self.inverted = isinstance(module, nn.MultiheadAttention)  # its masks of booleans say who may not attend
@@ -111,6 +113,12 @@ class Attention(Forward):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
+        if self.segments and kwargs.get(self.segments) is not None:
+            raise TestregError(
+                f"block {self.index} was given images packed into one sequence ({self.segments}), in which a token "
+                f"would belong to all of them: give images of one size, or take registers that only attention sees "
+                f"(form='attention')."
+            )
         first = args[0] if args else kwargs[self.names[0]]  # (batch, registers + tokens, channels)
         registers = self.relay.registers_in(self.index, first)
         self.relay.here.acted |= ATTENTION
@@ -130,7 +138,7 @@ class Attention(Forward):
     def _told(self, registers: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         first = given.pop(self.names[0])
-        tokens = first.shape[1] - registers
+        tokens = self.relay.tower.turned(first).shape[1] - registers
         for name in self.masks:
             mask = given.get(name)
             if isinstance(mask, Tensor):
@@ -154,30 +162,68 @@ class Rows(Attention):
     def __init__(self, relay: Relay, index: int, module: nn.Module):
         super().__init__(relay, index, module)
         self.start = Start(relay, index - relay.plan.entry)
+        self.shared = relay.tower.row.packed and not relay.tower.row.segments
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
         self.relay.here.acted |= ATTENTION
         first = args[0] if args else kwargs[self.names[0]]  # (batch, tokens, channels)
+        if self.shared and kwargs.get("cu_seq_lens_q") is not None:
+            raise UnsupportedModel(
+                f"flash attention parts the images of {type(self.relay.tower.module).__name__} by their lengths, so no "
+                f"row can be shared by them: model.set_attn_implementation('sdpa')."
+            )
         if first.ndim != 3:
             raise UnsupportedModel(
                 f"the attention of block {self.index} ({type(self.module).__name__}) is given {first.ndim} dimensions, "
                 f"not (batch, tokens, channels), so that no row can be put in front of its tokens: take another form."
             )
-        rows = self.start.like(first, self.relay.count(first.shape[1]))
-        registers, joined = rows.shape[1], redirect.join(rows, first)
+        turned = self.relay.tower.turned
+        rows = self.start.like(first, self.relay.count(turned(first).shape[1]))
+        registers, joined = rows.shape[1], turned(redirect.join(rows, turned(first)))
         self.relay.here.registers = registers  # for a position bias that is made inside
         # Where queries, keys and values come one by one, they are the same tensor, as attention to oneself has it.
         args = tuple(joined if value is first else value for value in args)
         kwargs = {name: joined if value is first else value for name, value in kwargs.items()}
-        output = self._grown(registers, args, kwargs)
-        self.relay.here.registers = 0
+        try:
+            output = self._grown(registers, args, kwargs)
+        finally:
+            self.relay.here.registers = 0
         full, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if self.relay.record is not None:
-            self.relay.record.registers[self.index] = full[:, :registers]
-        tokens = full[:, registers:]  # (batch, tokens, channels)
+            self.relay.record.registers[self.index] = turned(full)[:, :registers]
+        tokens = turned(turned(full)[:, registers:])  # (batch, tokens, channels)
         return tokens if rest is None else (tokens, *rest)
+
+
+class PackedRows(Rows):
+    """An attention over the tokens of all images in one sequence: each image's segment gets the rows in front."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.segments or ""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        segments = given.get(name)
+        if self.off or segments is None:
+            return super().forward(*args, **kwargs)
+        self.relay.here.acted |= ATTENTION
+        tokens = given.pop(self.names[0])  # (tokens, channels) or (1, tokens, channels)
+        law = self.relay.plan.law
+        counts = None if law is None else [law(length) for length in segments.diff().tolist()]
+        rows = self.start.like(tokens, self.relay.plan.registers)[0]  # (registers, channels)
+        at = packed.places(segments, tokens.shape[-2], len(rows), counts)
+        given[name] = at.segments
+        if given.get(LONGEST) is not None:
+            given[LONGEST] = packed.longest(given[LONGEST], at)
+        if self.rope and given.get(self.rope) is not None:
+            given[self.rope] = packed.unturned(given[self.rope], at)
+        output = self.original(packed.join(rows, tokens, at), **given)
+        if not isinstance(output, tuple):
+            return packed.leave(output, at)
+        maps = [
+            packed.leave(packed.leave(part, at).mT, at).mT if isinstance(part, Tensor) else part for part in output[1:]
+        ]
+        return (packed.leave(output[0], at), *maps)
 
 
 class Bias(Forward):
@@ -230,8 +276,9 @@ class Neurons(Forward):
                 f"model shares this module. Patch the model again, or trace it while it is patched; registers that "
                 f"only attention sees (form='attention') need no block."
             )
-        moved = redirect.move(activation, neurons, registers, rest, fill=self.fill, real=here.real)
-        return self.original(moved, *args, **kwargs)
+        turned = self.relay.tower.turned
+        moved = redirect.move(turned(activation), neurons, registers, rest, fill=self.fill, real=here.real)
+        return self.original(turned(moved), *args, **kwargs)
 
 
 def names(module: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from weakref import ref
 from torch import nn
 
 from .errors import RegistersLeftOut, TestregError, UnsupportedModel
-from .families import find_tower
+from .towers import find_tower
 
 PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
 

@@ -13,12 +13,14 @@ from torch import nn
 
 from .carrier import Carrier
 from .errors import AnotherModel, BadPlan, TestregError
-from .families import Tower, find_tower, path_to, reach, resolve, walk
 from .fingerprint import fits
-from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, Rows
+from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows
 from .guard import PATCHES, Guard, acting
+from .paths import path_to, reach, walk
 from .plan import RegisterPlan
 from .relay import Record, Relay
+from .towers import Tower, blocks_of, find_tower, resolve
+from .turn import Turn, TurnCall
 
 
 def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
@@ -76,6 +78,7 @@ class Patch:
         self._guard = Guard(model if isinstance(model, nn.Module) else model.model)  # the latter in a pipeline
         self._relay = Relay(tower, plan)
         self._worn: list[Forward] = []
+        self._turns: list[TurnCall] = []
         self._hooks: list[Any] = []
         self._stack().append(self)
         self._show_top()
@@ -84,6 +87,12 @@ class Patch:
     def tower(self) -> Tower:
         """What the registers are in."""
         return self._relay.tower
+
+    @property
+    def inside(self) -> Any:
+        """How many registers are in front of the tokens where this thread is now, inside a block or its attention."""
+        here = self._relay.here
+        return here.registers if here.block is not None or self.plan.form == "attention" else 0
 
     def __enter__(self) -> Patch:
         return self
@@ -114,7 +123,7 @@ class Patch:
             TestregError: the model was changed so far that the plan does not fit it.
         """
         tower = self.tower
-        blocks = tuple(reach(tower.module, tower.row.blocks) or ())
+        blocks = blocks_of(tower.module, tower.row)
         if not self._hooks or all(self._still(worn, blocks) for worn in self._worn):
             return
         self._uninstall()
@@ -165,7 +174,9 @@ class Patch:
             if plan.registers and index >= plan.entry:
                 acts |= ATTENTION
                 in_block = path_to(block, tower.row.attention)
-                self._wear((Attention if carries else Rows)(relay, index, attention), in_block)
+                rows = PackedRows if tower.row.segments else Rows
+                self._wear((Attention if carries else rows)(relay, index, attention), in_block)
+                self._wear_turn(index, attention)
                 bias = reach(block, tower.row.bias)
                 if bias is not None:
                     self._wear(Bias(relay, index, bias, inside=bias in list(attention.modules())))
@@ -178,6 +189,15 @@ class Patch:
         if shared is not None and plan.registers:
             self._wear(Bias(relay, 0, shared, shared=True))
 
+    def _wear_turn(self, index: int, attention: nn.Module) -> None:
+        name = self.tower.row.turn
+        turn = getattr(attention, name, None) if name else None
+        if isinstance(turn, nn.Module):
+            if not any(worn.module is turn for worn in self._worn):
+                self._wear(Turn(self._relay, index, turn))
+        elif turn is not None and name is not None:
+            self._turns.append(TurnCall(self._relay, attention, name))
+
     def _wear(self, instead: Forward, path: tuple[str, ...] | None = None) -> None:
         # An instance attribute is the least invasive place: no subclass, no wrapper module, no key of the state dict
         # changes. A bound method of our own object, since deepcopy then binds the copy's method to the copy.
@@ -188,8 +208,9 @@ class Patch:
     def _uninstall(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        while self._worn:
-            self._worn.pop().take_off()
+        for put in (self._worn, self._turns):
+            while put:
+                put.pop().take_off()
         self._guard.off()
 
     def _before(self, module: nn.Module, args: Any) -> None:
@@ -226,6 +247,12 @@ def check(tower: Tower, plan: RegisterPlan) -> None:
         what = f"the {tower.family} tower {type(tower.module).__name__}"
         return BadPlan(f"{wants}, but {what} has {has}: the plan was made for another model.")
 
+    if tower.row.packed and plan.registers and plan.form != "attention":
+        raise BadPlan(
+            f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
+            f"belong to all of them: only registers that attention alone sees fit it (form='attention'), no "
+            f"{plan.form} ones."
+        )
     blocks = f"blocks 0 to {len(tower.blocks) - 1}"
     if plan.entry >= len(tower.blocks):
         raise misfit(blocks, f"the registers join before block {plan.entry}")

@@ -21,9 +21,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from .errors import BadCheckpoint, TestregError
 from .guard import SavePretrained
 from .installer import patch
+from .packed import join as _join  # noqa: F401, transformers copies the files that are imported in this form
 from .plan import RegisterPlan
 from .recipe import MODEL_TYPE, PLAN, Recipe
-from .redirect import move as _move  # noqa: F401, transformers copies the files that are imported in this form
+from .redirect import move as _move  # noqa: F401, as above
 
 # Weights of transformers and of testreg, not those that a repository holds for other libraries; no code, no pickle.
 FILES = ["*.json", "model*.safetensors", PLAN, "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]

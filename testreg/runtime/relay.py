@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import redirect
 from .errors import RegistersStretched
-from .families import Tower
 from .plan import RegisterPlan
+from .towers import Tower
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Relay:
     def count(self, tokens: Any) -> Any:
         """How many registers go with so many tokens, prefix tokens among them."""
         plan = self.plan
-        if plan.law is None:
+        if plan.law is None or self.tower.row.packed:  # packed, they are shared by images of any number of patches
             return plan.registers
         patches = tokens - self.tower.prefix
         if type(patches) is int and not self.told and not plan.law.reaches(patches):
@@ -109,7 +109,7 @@ class Relay:
             return self.here.registers
         if torch._C._current_graph_task_id() < 0:
             return None
-        length, prefix = tokens.shape[1], self.tower.prefix
+        length, prefix = self.tower.turned(tokens).shape[1], self.tower.prefix
         registers: int = max(self.plan.registers_for(1), self.plan.registers_for(length))
         while registers and registers > self.plan.registers_for(max(1, length - registers - prefix)):
             registers -= 1

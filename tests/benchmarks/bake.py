@@ -23,7 +23,7 @@ from testreg.export.bake import algebra, bake, fit
 from testreg.export.bake.drift import measure
 from testreg.finding.observe import observe, run
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 from . import method
 

@@ -32,7 +32,7 @@ from testreg.finding.scan import scan
 from testreg.finding.search import located, split
 from testreg.finding.trial import Bench
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 ASSETS = Path(os.environ.get("TESTREG_ASSETS") or Path(__file__).parents[3] / "shared")
 PHOTOS = ASSETS / "images" / "coco_cc"

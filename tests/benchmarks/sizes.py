@@ -20,7 +20,7 @@ from testreg.finding.trial import Bench
 from testreg.images import processor_for, stream
 from testreg.images.resized import resized
 from testreg.metrics import share
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 from tests.benchmarks.method import ASSETS, photos
 
 OWN = 224

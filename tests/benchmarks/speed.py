@@ -44,7 +44,7 @@ from testreg.finding.observe import run
 from testreg.finding.scan import patch_norms, scan
 from testreg.images.streaming import stream
 from testreg.runtime import redirect
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SHAPES = {"Ti": (192, 12, 3), "B": (768, 12, 12), "L": (1024, 24, 16)}  # channels, blocks, heads

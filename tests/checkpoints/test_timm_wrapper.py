@@ -19,7 +19,7 @@ from testreg.checkpoints.original import load_base
 from testreg.demo.planted import plant
 from testreg.export.bake import export_stock
 from testreg.export.bake.stock import to_timm
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 timm = pytest.importorskip("timm")
 

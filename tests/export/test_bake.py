@@ -21,7 +21,7 @@ from testreg.demo.planted import plant
 from testreg.export.bake import algebra, bake, baked, export_stock, fit
 from testreg.finding.observe import observe, run
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 OF_TRANSFORMERS = ("dinov2", "swiglu", "dinov2-classifier", "native")
 OF_TIMM = tuple(name for name in MODELS if name != "dinov2-classifier")

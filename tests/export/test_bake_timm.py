@@ -12,7 +12,7 @@ import testreg
 from testreg import RegisterPlan, UnsupportedModel
 from testreg.export.bake import algebra, bake, export_stock, fit
 from testreg.finding.observe import observe, run
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 timm = pytest.importorskip("timm")
 

@@ -18,7 +18,7 @@ from testreg.demo.planted import plant
 from testreg.finding.count import count, quiet, total
 from testreg.finding.parallel import Lost
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 IMAGES, BATCH = 40, 4
 HISTOGRAMS = ("norms", "ratios", "peaks", "highest")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import tensors
 
 from testreg import RegisterPlan, active, patch
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 BOTH = ("dynamic", "constant")
 CASES = {

@@ -16,7 +16,8 @@ import testreg
 from testreg.images.streaming import stream
 from testreg.images.takes import Takes, taken_by
 from testreg.runtime.errors import BadImages
-from testreg.runtime.families import find_tower, reach
+from testreg.runtime.paths import reach
+from testreg.runtime.towers import find_tower
 
 SIZE = zoo.SIZE
 SQUARE = {"height": SIZE, "width": SIZE}

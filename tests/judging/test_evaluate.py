@@ -23,7 +23,7 @@ from testreg.images import labels
 from testreg.judging.arms import arms, random_neurons
 from testreg.judging.evaluation import Row, _line, evaluate
 from testreg.judging.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({1: (3, 5), 2: (7,)}, registers=2)
 PROCESSOR = ViTImageProcessorPil(size={"height": zoo.SIZE, "width": zoo.SIZE})

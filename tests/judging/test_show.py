@@ -12,10 +12,11 @@ from transformers import AutoModel
 
 import testreg
 from testreg import RegisterPlan, UnsupportedModel
-from testreg.finding.observe import grid, observe, run, unpatched
+from testreg.finding.observe import observe, run, unpatched
+from testreg.finding.places import grid
 from testreg.judging.pictures import clearest_block, show, views
 from testreg.runtime.errors import BadPlan
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({1: (3, 5)}, registers=2)
 PIXELS = zoo.images()(3)["pixel_values"]

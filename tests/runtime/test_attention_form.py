@@ -15,8 +15,8 @@ from zoo import ROWS, build, tensors
 from testreg import BadPlan, RegisterPlan, TestregError, UnsupportedModel, active, patch
 from testreg.runtime import redirect
 from testreg.runtime.errors import AnotherModel, RegistersStretched
-from testreg.runtime.families import find_tower
 from testreg.runtime.law import Law
+from testreg.runtime.towers import find_tower
 
 # Attention, by hand, in double precision
 

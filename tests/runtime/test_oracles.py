@@ -12,7 +12,7 @@ from torch.nn import functional
 from zoo import CHANNELS, DINO, ROWS, SMALL, VISION, attention, build, images, padded, part_masked, scale, tensors
 
 from testreg import RegisterPlan, patch
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import Tower, find_tower
 
 
 def run(model: nn.Module, inputs: dict | Tensor, **more) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def test_registers_that_nobody_attends_to_change_nothing(name, monkeypatch):
         wanted = run(model, given)
         lengths: list[int] = []
         with patch(model, plan(registers, "zeros")), monkeypatch.context() as hiding:
-            handle = tower.blocks[0].register_forward_hook(_note(lengths))
+            handle = tower.blocks[0].register_forward_hook(_note(tower, lengths))
             run(model, given)
             handle.remove()
             calls = _hide(hiding, lengths[0] + registers, registers)
@@ -132,8 +132,8 @@ def test_registers_that_nobody_attends_to_change_nothing(name, monkeypatch):
             close(found[path], wanted[path], f"{at}, {path}")
 
 
-def _note(lengths: list[int]):
-    return lambda module, args, output: lengths.append((output[0] if isinstance(output, tuple) else output).shape[1])
+def _note(tower: Tower, lengths: list[int]):
+    return lambda module, args, output: lengths.append(tower.batched(output).shape[1])
 
 
 def _hide(hiding: pytest.MonkeyPatch, length: int, registers: int) -> list[str]:

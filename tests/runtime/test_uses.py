@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import BLOCKS, CHANNELS, DINO, NECK, NEURONS, PATCH, SIZE, VISION, build, given, images, scale, tensors
 
 from testreg import RegisterPlan, UnsupportedModel, patch
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({0: (1, 5), 1: (3,)}, registers=2)
 IMAGE_TOKEN = 60

@@ -24,10 +24,10 @@ from ...images.streaming import stream
 from ...images.takes import taken_by
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
-from ...runtime.families import find_tower
 from ...runtime.installer import active, check
 from ...runtime.modeling_testreg import load
 from ...runtime.plan import RegisterPlan
+from ...runtime.towers import find_tower
 from . import of_timm, stock
 from .drift import Drift, measure
 from .fit import fit, slots, trajectory

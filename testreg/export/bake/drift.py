@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ...finding.answers import answer
 from ...finding.observe import observe, run
-from ...runtime.families import Tower, find_tower, reach
 from ...runtime.installer import patch
+from ...runtime.paths import reach
 from ...runtime.plan import RegisterPlan
+from ...runtime.towers import Tower, find_tower
 from .fit import Inputs
 
 

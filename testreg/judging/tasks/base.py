@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...finding.answers import answer
-from ...finding.observe import run
+from ...finding.answers import answer, direction
+from ...finding.observe import observe, run
 from ...finding.trial import Threshold
 from ...images import labels
 from ...images.labels import Sample
+from ...runtime import find_tower
 from ..arms import Arm
 
 Statistic = Callable[[np.ndarray], Any]
@@ -90,8 +91,13 @@ class Task(ABC):
 def ask(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     """What the model says of each image as a whole, `(batch, channels)` on the CPU, and what that is.
 
-    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state.
+    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state;
+    of a packed tower, the mean direction of what it makes of the patches.
     """
+    if (tower := find_tower(model)).row.packed:
+        with observe(model, states=[len(tower.blocks) - 1]) as seen:
+            output = run(model, inputs)
+        return "direction", direction(output, seen.states[len(tower.blocks) - 1]).cpu()
     if hasattr(model, "get_image_features"):
         pooled = run(model, inputs).pooler_output
         with torch.no_grad():
