@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
+from types import ModuleType
 
+import forks
 import pytest
 import torchvision_stub
 
@@ -17,3 +19,10 @@ def assets() -> Path:
             f"no real checkpoints at {folder}: set TESTREG_ASSETS to the folder that holds checkpoints/ and images/"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """`forks`, whose server runs."""
+    forks.serve(tmp_path_factory.mktemp("modules"))
+    return forks

@@ -266,27 +266,25 @@ print("with: ok")
 """
 
 
-def test_a_new_process_with_and_without_testreg_gives_the_same_bits(saved: Path, tmp_path: Path) -> None:
+def test_a_new_process_with_and_without_testreg_gives_the_same_bits(saved: Path, forked, tmp_path: Path) -> None:
     model, inputs = patched()
     with torch.no_grad():
         expected = {"logits": model(**inputs).logits, "last_hidden_state": model.vit(**inputs).last_hidden_state}
     save_file({**expected, **inputs}, tmp_path / "kept.safetensors")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    runs = {
-        word: subprocess.Popen(
-            [sys.executable, "-c", code, str(saved), str(tmp_path / "kept.safetensors")],
-            env={**environment, "PYTHONPATH": str(Path(testreg.__file__).parents[1])},
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for word, code in (("without: ok", WITHOUT), ("with: ok", WITH))
-    }
-    for word, run in runs.items():
-        output, errors = run.communicate(timeout=300)
-        assert word in output, errors[-3000:]
+    arguments = [str(saved), str(tmp_path / "kept.safetensors")]
+    without = forked.start(tmp_path, WITHOUT, *arguments)
+    run = subprocess.run(
+        [sys.executable, "-c", WITH, *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(testreg.__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "with: ok" in run.stdout, run.stderr[-3000:]
+    _, output, errors = without.wait()
+    assert "without: ok" in output, errors[-3000:]
 
 
 def test_the_code_that_travels_imports_nothing_that_stays() -> None:
@@ -546,7 +544,6 @@ from testreg import RegisterPlan
 from testreg.checkpoints import atomic, saving as checkpoint
 from testreg.runtime.recipe import Recipe, sha256
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[2])
 from zoo import build
 root = Path(sys.argv[1])
 
@@ -603,15 +600,9 @@ for fresh in (False, True):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork to kill a copy of the process")
-def test_killed_at_any_moment_the_directory_holds_the_old_checkpoint_or_the_new_one(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parents[1])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.stdout.count("moments: ok") == 2, run.stderr[-3000:]
+def test_killed_at_any_moment_the_directory_holds_the_old_checkpoint_or_the_new_one(forked, tmp_path: Path) -> None:
+    _, output, errors = forked.run(tmp_path, KILLED, tmp_path)
+    assert output.count("moments: ok") == 2, errors[-3000:]
 
 
 def test_without_an_exchange_of_names_two_renames_do(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
