@@ -7,7 +7,7 @@ import pytest
 import torchvision_stub
 
 torchvision_stub.install()  # before anything imports transformers
-pytest.register_assert_rewrite("commands")  # its assertions tell what differs, as those of tests do
+pytest.register_assert_rewrite("commands", "patched_models")  # their assertions tell what differs, as those of tests
 
 
 @pytest.fixture(scope="session")
