@@ -10,7 +10,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PINS)
 .PHONY: demo test lint types docs bench clean
 
 demo: $(VENV)/demo-ready
-	$(BIN)/testreg demo --out demo --force
+	$(BIN)/testreg demo --out demo --replace
 
 # One thread per worker: two workers on two cores would otherwise wait for each other.
 test: $(VENV)/test-ready

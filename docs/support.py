@@ -1,9 +1,13 @@
-"""The support table of the documentation, made from the registry: `python -m docs.support` prints it."""
+"""The support table, made from the registry: `python -m docs.support` writes it into the pages that have it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from testreg.runtime.families import FAMILIES, REFUSED, Family, each
 
+DOCS = Path(__file__).parent
+PAGES = (DOCS.parent / "README.md", DOCS / "families.md")
 BEGIN, END = "<!-- support table: python -m docs.support -->", "<!-- end of support table -->"
 
 
@@ -36,5 +40,11 @@ def _mind(row: Family) -> str:
     return ", ".join(note for note, there in notes.items() if there)
 
 
+def write() -> None:
+    for page in PAGES:
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        page.write_text(before + table() + rest.split(END)[1], encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(table())
+    write()

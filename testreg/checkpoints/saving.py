@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import transformers
@@ -46,9 +46,10 @@ def save(
     model: nn.Module,
     directory: str | Path,
     *,
-    force: bool = False,
+    replace: bool = False,
     max_shard_size: int | str = "5GB",
     push_to_hub: str | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a patched model as a checkpoint that never loads as the unpatched one.
 
@@ -59,9 +60,10 @@ def save(
     Args:
         model: a model of transformers on which a patch acts.
         directory: where to; made with its parents. Must be empty or not exist.
-        force: replace the checkpoint that `directory` holds.
+        replace: overwrite a checkpoint that `directory` holds.
         max_shard_size: the size from which weights are split into several files.
         push_to_hub: a hub name, `"me/vit-clean"`, to upload the directory to as well.
+        force: what version 0.1 calls `replace`.
 
     Returns:
         The directory.
@@ -87,7 +89,7 @@ def save(
             f"{type(model).__name__} is quantised: patch and save the unquantised model, or keep the plan with "
             f"found.save(FILE)."
         )
-    target = free(directory, model, force)
+    target = free(directory, model, replace or force)
     source = source_files(model)
     try:
         with replacing(target) as build:
@@ -100,6 +102,9 @@ def save(
             for name, path in source.items():
                 if PROCESSOR.fullmatch(name):
                     copyfile(path, build / name)
+            own: Any = getattr(model, "image_processor", None)
+            if hasattr(own, "save_pretrained") and not any("processor_config" in path.name for path in build.iterdir()):
+                own.save_pretrained(build)
             for path in CODE:
                 copyfile(path, build / path.name)
             base_config = {key: value for key, value in read_json(build / "config.json").items() if key != "auto_map"}
@@ -109,7 +114,7 @@ def save(
                 files={name: sha256(build / name) for name in [*weights, PLAN]},
                 base_config=base_config,
                 config=config_sha256(base_config),
-                base=base.describe(model),
+                base=base.describe(model, acting.plan.neurons),
                 init=_init(model),
                 attention=_attention(model),
                 versions={
@@ -143,12 +148,11 @@ def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
         return False
 
 
-def free(directory: str | Path, model: nn.Module, replace: bool, how: str = "force=True (--force)") -> Path:
+def free(directory: str | Path, model: nn.Module, replace: bool) -> Path:
     """The whole path of `directory`, where writing a checkpoint of `model` there loses nothing.
 
     Args:
         replace: a checkpoint that it holds may go.
-        how: the user says so.
 
     Raises:
         BadCheckpoint: it is the model's own, holds something and `replace` is not given, holds what is no checkpoint,
@@ -172,7 +176,7 @@ def free(directory: str | Path, model: nn.Module, replace: bool, how: str = "for
         return target
     held = sorted(target.iterdir())
     if held and not replace:
-        raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass {how}.")
+        raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass replace=True (--replace).")
     strangers = [path.name for path in held if not path.is_file() or not _belongs(path.name)]
     if strangers or (held and not config_of(target).keys() & {"model_type", "architecture"}):
         has = f"{strangers[0]}, which is no part of a checkpoint" if strangers else "no config of a model"

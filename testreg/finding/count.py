@@ -14,10 +14,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ..images.streaming import Batch, ImageStream
-from ..runtime.errors import BadImages, ImagesRepeated, ImagesSkipped
+from ..runtime.errors import BadImages, ImagesRepeated, UnsupportedModel
 from ..runtime.families import Tower
+from .observe import as_written
 from .scan import SAMPLE, Norms, Sample, scan
 
+SHARDED = ("DTensor", "FlatParameter")  # classes of parameters that hold a part
 MANY = 0.1  # share of the images that repeat others
 
 
@@ -62,17 +64,8 @@ def count(model: nn.Module, tower: Tower, batches: ImageStream, progress: bool, 
                 bar.update(len(batch))
 
     norms, sample = scan(model, tower, counting(), size)
-    _tell_skipped(batches)
+    batches.warn()
     return Counted(norms, sample, len(batches.skipped), names)
-
-
-def _tell_skipped(batches: ImageStream) -> None:
-    skipped, ignored = batches.skipped, batches.ignored
-    if skipped:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) + ("; ..." if skipped[3:] else "")
-        others = f", and {ignored} of other kinds" if ignored else ""
-        message = f"skipped {len(skipped)} of {len(skipped) + batches.count} image files{others}: {reasons}"
-        warnings.warn(message, ImagesSkipped, stacklevel=2)
 
 
 def total(parts: list[Counted], batches: ImageStream) -> Counted:
@@ -93,11 +86,21 @@ def total(parts: list[Counted], batches: ImageStream) -> Counted:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the `with`; every module's mode as it was afterwards."""
+    """Evaluation mode, no gradients and no compilation inside the `with`; every module's mode as it was afterwards.
+
+    Raises:
+        UnsupportedModel: the weights are sharded.
+    """
+    if any(type(weight).__name__ in SHARDED for weight in model.parameters()):
+        raise UnsupportedModel(
+            f"the weights of {type(model).__name__} are sharded over processes (fully_shard, FSDP or tensor parallel), "
+            f"and finding reads them whole: find the plan on the model before it is sharded, in one process or with a "
+            f"copy in each, and patch the sharded one with it."
+        )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_written():
             yield
     finally:
         for module, mode in modes:

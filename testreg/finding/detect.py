@@ -159,12 +159,14 @@ class Ranking:
     Attributes:
         candidates: best first.
         states: block -> its input at the outliers `(outliers, channels)`, for blocks around the first with outliers.
+        rows: block -> its attention's input at the outliers `(outliers, channels)`, from the first of these blocks on.
         per_image: mean number of outliers in images that have any.
         positions: the patches that are outliers in nearly every image, where nearly all outliers are there; else empty.
     """
 
     candidates: tuple[Candidate, ...]
     states: dict[int, Tensor]
+    rows: dict[int, Tensor]
     per_image: float
     positions: tuple[int, ...]
 
@@ -178,6 +180,7 @@ def rank(
     *,
     blocks: range,
     entries: Collection[int],
+    rows: bool = False,
     by_activation: bool = False,
 ) -> Ranking:
     """Rank neurons by what they contribute to the outliers.
@@ -187,13 +190,15 @@ def rank(
     Args:
         images: kept images, whose norms tell the outliers.
         blocks: where register neurons may be.
-        entries: blocks, from 1, whose input at the outliers is wanted.
+        entries: blocks whose input at the outliers is wanted.
+        rows: what attention is given at the outliers is wanted too, in these blocks and all behind them.
         by_activation: score every neuron by its mean activation at outliers alone, as published (arXiv 2506.08010,
             section 4.1).
     """
     sums, streams = ({block: _Sums() for block in blocks} for _ in range(2))
-    states: dict[int, list[Tensor]] = {entry: [] for entry in entries}
-    last = max([*blocks, *(entry - 1 for entry in entries)])
+    states: dict[int, list[Tensor]] = {entry: [] for entry in entries if entry}
+    given: dict[int, list[Tensor]] = {block: [] for block in (range(min(entries), len(tower.blocks)) if rows else ())}
+    last = max([*blocks, *(entry - 1 for entry in states), *given])
     for batch in together(images, batch_size):
         outliers = torch.stack([found.threshold.outliers(image.norms[found.shown]) for image in batch])
 
@@ -209,7 +214,16 @@ def rank(
         def activations(index: int, outliers: Tensor = outliers) -> Any:
             return lambda module, args: sums[index].add(args[0][:, -outliers.shape[1] :], outliers)
 
+        def into_attention(index: int, outliers: Tensor = outliers) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                patches = (args[0] if args else next(iter(kwargs.values())))[:, -outliers.shape[1] :]
+                given[index].append(patches[outliers.to(patches.device)].float().cpu())
+
+            return hook
+
         handles = [tower.downs[index].register_forward_pre_hook(activations(index)) for index in blocks]
+        for index in given:
+            handles.append(tower.attentions[index].register_forward_pre_hook(into_attention(index), with_kwargs=True))
         try:
             with outputs(tower, read), suppress(Enough):
                 run(model, stack(batch))
@@ -226,8 +240,10 @@ def rank(
     )
     counts = [int(found.threshold.outliers(image.norms[found.shown]).sum()) for image in images]
     per_image = sum(counts) / max(1, sum(count > 0 for count in counts))
-    joined = {entry: torch.cat(rows) for entry, rows in states.items() if rows}
-    return Ranking(tuple(chosen), joined, per_image, locked(images, found))
+    joined, in_attention = (
+        {block: torch.cat(parts) for block, parts in kept.items() if parts} for kept in (states, given)
+    )
+    return Ranking(tuple(chosen), joined, in_attention, per_image, locked(images, found))
 
 
 def locked(images: list[Kept], found: Artefact) -> tuple[int, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..images.takes import PIXELS
 from ..runtime.errors import UnsupportedModel
 from ..runtime.families import Tower, find_tower
 from ..runtime.installer import Patch, active, patch
@@ -69,25 +71,37 @@ def unpatched(model: nn.Module) -> Patch:
 
 
 def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) -> Any:
-    """One forward pass without gradients, at any image size that the model can take.
+    """One forward pass without gradients, at any image size that the model can take, and as written where compiled.
 
     Args:
         inputs: what the image processor gives, on any device and in any float type.
         whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
     """
     tower = find_tower(model)
-    module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
+    module = model if whole and getattr(model, "main_input_name", "") in PIXELS else tower.module
     weight = next(module.parameters())
     device = "cpu" if weight.is_meta else weight.device  # accelerate takes them to where it loads the weights
     placed: dict[str, Any] = {
         name: value.to(device, weight.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
-    names = inspect.signature(module.forward).parameters
+    names = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters  # of what is compiled, if so
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
-    first = () if "pixel_values" in names or "pixel_values" not in placed else (placed.pop("pixel_values"),)  # timm's x
-    with torch.no_grad():
+    if "skip_predictor" in names:
+        placed["skip_predictor"] = True  # what V-JEPA guesses of masked patches, at the cost of a second model
+    given = next(name for name in PIXELS if name in placed)
+    first = () if given in names else (placed.pop(given),)  # timm's x
+    with torch.no_grad(), as_written():
         return module(*first, **placed)
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Compiled code runs as it is written inside the `with`.
+
+    What looks inside a model would have it compiled anew for each look, and `fullgraph` allows no looking at all.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
 
 
 def grid(height: int, width: int, patches: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..finding.observe import grid, observe, run, unpatched
 from ..images.streaming import ImageStream, stream
+from ..images.takes import pixels
 from ..runtime.errors import BadPlan, UnsupportedModel
 from ..runtime.families import find_tower
 from ..runtime.installer import active, patch
@@ -44,8 +46,8 @@ class View:
 def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     """A view of each image of a processed batch, of the model as it is now, patched or not."""
     tower = find_tower(model)
-    if inputs["pixel_values"].ndim != 4:
-        shape = tuple(inputs["pixel_values"].shape)
+    shape = tuple(pixels(inputs).shape)
+    if len(shape) != 4:
         raise UnsupportedModel(
             f"{type(tower.module).__name__} takes pixel values of the shape {shape}; maps can be drawn for photos "
             f"(images, channels, height, width) alone."
@@ -58,7 +60,7 @@ def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     attention = (attention[:, :1] if tower.prefix else attention).mean(dim=1)  # (batch, tokens)
     registers = (1 - attention.sum(dim=-1)).clamp(min=0)
     attention = attention[:, tower.prefix :]  # (batch, patches)
-    height, width = inputs["pixel_values"].shape[-2:]
+    height, width = shape[-2:]
     size = grid(height, width, norms.shape[-1])
     return [
         View(norm.unflatten(-1, size).cpu(), share.unflatten(-1, size).cpu(), float(taken))
@@ -74,7 +76,7 @@ def clearest_block(seen: Iterable[View]) -> int:
 
 def show(
     model: nn.Module,
-    plan: RegisterPlan | None,
+    plan: RegisterPlan | str | Path | None,
     images: Any,
     *,
     processor: Any = None,
@@ -84,7 +86,7 @@ def show(
 
     Args:
         model: a Vision Transformer, or a model that holds one; as it was when the picture is done.
-        plan: the registers to draw; None = those of the patch that acts on the model.
+        plan: the registers to draw, or the path of their file; None = those of the patch that acts on the model.
         images: whatever `testreg.find` takes.
         processor: the image processor; by default the one that lies with the model's checkpoint.
         title: the line on top; by default the model's name.
@@ -105,16 +107,18 @@ def show(
                 "the command line)."
             )
         plan = current.plan
+    plan = RegisterPlan.of(plan)
     photos: list[Tensor] = []
     before: list[View] = []
     after: list[View] = []
     source = stream(images, processor, model=model, batch_size=MOST)
     for inputs in _first(source):
-        photos.extend(as_photo(pixels, source.processor) for pixels in inputs["pixel_values"])
         with unpatched(model):
             before.extend(views(model, inputs))
         with patch(model, plan):
             after.extend(views(model, inputs))
+        photos.extend(as_photo(image, source.processor) for image in pixels(inputs))
+    source.warn()
     name = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     received = "class-token attention" if find_tower(model).prefix else "mean attention that each patch receives"
     return _draw(photos, before, after, title=name, subtitle=str(plan), attention=received)
@@ -129,15 +133,17 @@ def _first(source: ImageStream) -> Iterator[Mapping[str, Tensor]]:
             return
 
 
-def as_photo(pixels: Tensor, processor: Any) -> Tensor:
-    """Pixel values `(3, height, width)` back as a photo `(height, width, 3)` in 0..1."""
+def as_photo(image: Tensor, processor: Any) -> Tensor:
+    """Pixel values `(channels, height, width)`, gray or RGB first, as a photo `(height, width, 3)` in 0..1."""
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    image = image[:3] if len(image) > 2 else image[:1]
     if mean is None or std is None or not getattr(processor, "do_normalize", True):
-        low, high = pixels.amin(), pixels.amax()
-        pixels = (pixels - low) / (high - low).clamp(min=1e-6)
+        low, high = image.amin(), image.amax()
+        image = (image - low) / (high - low).clamp(min=1e-6)
     else:
-        pixels = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return pixels.clamp(0, 1).permute(1, 2, 0)
+        mean, std = (torch.as_tensor(values).reshape(-1)[: len(image), None, None] for values in (mean, std))
+        image = image * std + mean
+    return image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
 
 
 INK, QUIET, MAP = "#1f2328", "#59636e", "inferno"

@@ -31,8 +31,20 @@ class RegistersLeftOut(UserWarning):
     """A patched model is being written without its registers."""
 
 
+class RegistersStretched(UserWarning):
+    """An image is far larger, or smaller, than those that its number of registers was measured at."""
+
+
+class AnotherModel(UserWarning):
+    """A plan acts on other weights than those that it was found on."""
+
+
 class ImagesSkipped(UserWarning):
     """Some of the images given cannot be used; the others are."""
+
+
+class ImagesDark(UserWarning):
+    """Some of the images given are nearly only black."""
 
 
 class ImagesRepeated(UserWarning):

@@ -22,8 +22,6 @@ from testreg.runtime import fingerprint as base
 from testreg.runtime import modeling_testreg as modeling
 from testreg.runtime.recipe import Recipe
 
-# The unpatched checkpoint
-
 
 def rewrite(directory: Path, change) -> None:
     weights = load_file(directory / "model.safetensors")

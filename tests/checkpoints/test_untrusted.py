@@ -20,8 +20,6 @@ from testreg.checkpoints import saving as checkpoint
 from testreg.checkpoints.original import is_patched, load_base
 from testreg.runtime.recipe import PLAN, Recipe, config_sha256, sha256
 
-# Nothing from a checkpoint is trusted
-
 
 def edit(directory: Path, *keys, value, rehashed: bool = True) -> None:
     path = directory / "config.json"

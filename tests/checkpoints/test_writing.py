@@ -31,36 +31,38 @@ def test_an_unpatched_model_is_not_saved(tmp_path: Path) -> None:
 def test_a_directory_in_use_is_left_alone(saved: Path, tmp_path: Path) -> None:
     model, _ = patched(plan=DYNAMIC)
     before = contents(saved)
-    with pytest.raises(BadCheckpoint, match="--force"):
+    with pytest.raises(BadCheckpoint, match="--replace"):
         testreg.save(model, saved)
     assert contents(saved) == before
-    testreg.save(model, saved, force=True)
+    testreg.save(model, saved, replace=True)
     assert testreg.active(testreg.load(saved)).plan == DYNAMIC
+    testreg.save(patched()[0], saved, force=True)  # as version 0.1 calls it
+    assert testreg.active(testreg.load(saved)).plan != DYNAMIC
     (tmp_path / "empty").mkdir()
     testreg.save(model, tmp_path / "empty")
     testreg.load(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("stranger", ["photo.jpg", "train.py", "notes.md", "boxes.json", ".git", "subfolder"])
-def test_force_replaces_nothing_but_a_checkpoint(stranger: str, saved: Path) -> None:
+def test_replace_takes_nothing_but_a_checkpoint(stranger: str, saved: Path) -> None:
     if "." in stranger[1:]:
         (saved / stranger).write_text("precious")
     else:
         (saved / stranger).mkdir()
     before = sorted(path.name for path in saved.iterdir())
     with pytest.raises(BadCheckpoint, match=stranger):
-        testreg.save(patched()[0], saved, force=True)
+        testreg.save(patched()[0], saved, replace=True)
     assert sorted(path.name for path in saved.iterdir()) == before
 
 
 @pytest.mark.parametrize("config", [None, "precious", '{"theme": "dark"}'])
-def test_force_replaces_no_directory_without_a_models_config(config: str | None, tmp_path: Path) -> None:
+def test_replace_takes_no_directory_without_a_models_config(config: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("precious")
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     before = contents(tmp_path)
     with pytest.raises(BadCheckpoint, match="config of a model"):
-        testreg.save(patched()[0], tmp_path, force=True)
+        testreg.save(patched()[0], tmp_path, replace=True)
     assert contents(tmp_path) == before
 
 
@@ -69,14 +71,14 @@ def test_the_models_own_checkpoint_is_never_replaced(saved: Path) -> None:
     (saved.parent / "link").symlink_to(saved)
     for directory in (saved, saved.parent / "link", saved / ".." / "clean"):
         with pytest.raises(BadCheckpoint, match="loaded from"):
-            testreg.save(model, directory, force=True)
+            testreg.save(model, directory, replace=True)
     assert contents(saved) == before
 
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(BadCheckpoint, match="is a file"):
-        testreg.save(patched()[0], tmp_path / "file", force=True)
+        testreg.save(patched()[0], tmp_path / "file", replace=True)
     with pytest.raises(BadCheckpoint, match="could not be written"):
         testreg.save(patched()[0], tmp_path / "file" / "clean")
     assert (tmp_path / "file").read_text() == "precious"
@@ -97,7 +99,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(syncs: int, saved: Path, monkeypa
 
     monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(BadCheckpoint, match=r"No space left .* untouched"):
-        testreg.save(patched(plan=DYNAMIC)[0], saved, force=True)
+        testreg.save(patched(plan=DYNAMIC)[0], saved, replace=True)
     with pytest.raises(BadCheckpoint, match="No space left"):
         testreg.save(patched(plan=DYNAMIC)[0], saved.parent / "new")
     assert contents(saved) == before
@@ -114,7 +116,7 @@ def test_a_limit_on_file_sizes_leaves_the_old_checkpoint(saved: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         with pytest.raises(BadCheckpoint, match="untouched"):
-            testreg.save(model, saved, force=True)
+            testreg.save(model, saved, replace=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -155,7 +157,7 @@ def at(moment, target):
                              (checkpoint, ("card",))):
             for name in names:
                 setattr(owner, name, deadly(getattr(owner, name)))
-        save(target, 2, force=True)
+        save(target, 2, replace=True)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     return os.WIFSIGNALED(status)
@@ -174,7 +176,7 @@ for fresh in (False, True):
         else:
             assert fresh
             found.append(0)
-        save(target, 3, force=True)  # works, and clears what the killed process left
+        save(target, 3, replace=True)  # works, and clears what the killed process left
         assert [path.name for path in target.parent.iterdir()] == ["clean"], list(target.parent.iterdir())
         if not killed:
             break
@@ -193,7 +195,7 @@ def test_killed_at_any_moment_the_directory_holds_the_old_checkpoint_or_the_new_
 
 def test_without_an_exchange_of_names_two_renames_do(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
-    testreg.save(patched(plan=DYNAMIC)[0], saved, force=True)
+    testreg.save(patched(plan=DYNAMIC)[0], saved, replace=True)
     assert testreg.active(testreg.load(saved)).plan == DYNAMIC
     assert [path.name for path in saved.parent.iterdir()] == ["clean"]
 
@@ -207,7 +209,7 @@ def test_without_an_exchange_of_names_two_renames_do(saved: Path, monkeypatch: p
 
         monkeypatch.setattr(atomic.os, "rename", second_fails)
         with pytest.raises(KeyboardInterrupt if dies else BadCheckpoint):
-            testreg.save(patched()[0], saved, force=True)
+            testreg.save(patched()[0], saved, replace=True)
         if dies:
             (old,) = saved.parent.iterdir()
             with pytest.raises(KeyboardInterrupt):

@@ -404,20 +404,22 @@ def test_a_folder_for_reading_only_is_refused_before_the_work(model, photos, tmp
 def test_nothing_that_exists_is_harmed(model, photos, clean, tmp_path):
     before = contents(model)
     refused("patch", model, "--images", photos, "--out", model, says="was loaded from")
-    refused("patch", model, "--images", photos, "--out", model, "--force", says="was loaded from")
+    refused("patch", model, "--images", photos, "--out", model, "--replace", says="was loaded from")
     assert contents(model) == before
     other = shutil.copytree(clean[0], tmp_path / "other")
-    refused("patch", model, "--images", photos, "--out", other, says=("not empty", "--force"))
+    refused("patch", model, "--images", photos, "--out", other, says=("not empty", "--replace"))
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("precious")
-    refused("patch", model, "--images", photos, "--out", tmp_path / "work", "--force", says="thesis.txt")
+    refused("patch", model, "--images", photos, "--out", tmp_path / "work", "--replace", says="thesis.txt")
     assert contents(other) == contents(clean[0])
 
 
-def test_force_replaces_a_checkpoint(model, photos, found, clean, tmp_path):
+@pytest.mark.parametrize("flag", ["--replace", "--force"])
+def test_a_checkpoint_is_replaced_where_that_is_said(model, photos, found, clean, tmp_path, flag):
     other = shutil.copytree(clean[0], tmp_path / "other")
     (other / "README.md").write_text("old")
-    run("patch", model, "--images", photos, "--plan", found[0], "--out", other, "--force")
+    done = run("patch", model, "--images", photos, "--plan", found[0], "--out", other, flag)
+    assert ("for that alone is --replace" in done.stderr) == (flag == "--force")
     assert "test-time-registers" in (other / "README.md").read_text()
 
 

@@ -120,7 +120,7 @@ def test_inspect(before, patched):
 def test_patch_and_demo(here, plans, patched, before, monkeypatch, tmp_path):
     other = {"plan": plans[1], "after": before}
     same("patch", patched, other)
-    monkeypatch.setattr("testreg.demo.demonstration.write", lambda out, force: (here / "vit", here / "photos"))
+    monkeypatch.setattr("testreg.demo.demonstration.write", lambda out, replace: (here / "vit", here / "photos"))
     told = run("demo", "--out", tmp_path)
     assert (Path(told["picture"]).is_file(), Path(told["out"]).is_dir()) == (True, True)
     same("demo", told, other)

@@ -73,22 +73,23 @@ def test_the_picture_is_one(made):
         assert len(set(picture.convert("RGB").resize((50, 50)).get_flattened_data())) > 100
 
 
-def test_again_with_force_only(made, planted, monkeypatch):
+@pytest.mark.parametrize("flag", ["--replace", "--force"])
+def test_again_where_that_is_said_only(made, planted, monkeypatch, flag):
     folder, _ = made
     monkeypatch.setattr("testreg.demo.demonstration.demo_model", lambda: planted)
     again = run("--out", folder)
     assert again.exit_code == 1
-    assert re.fullmatch(r"testreg: .* is not empty: .*--out.*--force\.\n", again.stderr)
-    forced = run("--out", folder, "--force", "--json")
+    assert re.fullmatch(r"testreg: .* is not empty: .*--out.*--replace\.\n", again.stderr)
+    forced = run("--out", folder, flag, "--json")
     values = json.loads(forced.stdout)
     assert set(values) == {"model", "photos", "picture", "out", "plan", "after"}
     assert values["after"]["artefact"] is None
     assert values["plan"]["provenance"]["after"]["outlier_patches"] == 0
 
 
-def test_force_takes_no_other_folder(tmp_path):
+def test_replace_takes_no_other_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    result = run("--out", tmp_path, "--force")
+    result = run("--out", tmp_path, "--replace")
     assert result.exit_code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -275,16 +275,17 @@ def test_the_model_is_as_it_was(planted_vit, monkeypatch, fails):
         with torch.no_grad():
             model.layers[4].mlp.fc2.weight[0, 0] = float("nan")
     elif fails:
-        target = {"rank": (testreg.finding.detect._Sums, "means"), "trial": (testreg.finding.trial, "summary")}[fails]
-        calls = iter(range(100))
-        original = testreg.finding.scan.summary
+        owner, name = {"rank": (testreg.finding.detect._Sums, "means"), "trial": (testreg.finding.scan, "answer")}[
+            fails
+        ]
+        calls, original = iter(range(100)), getattr(owner, name)
 
         def broken(*args, **kwargs):
             if fails == "rank" or next(calls) > 1:
                 raise RuntimeError("broken")
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(*(target if fails == "rank" else (testreg.finding.scan, "summary")), broken)
+        monkeypatch.setattr(owner, name, broken)
     weights, before = copy.deepcopy(model.state_dict()), traces(model)
     if fails:
         with pytest.raises((testreg.TestregError, RuntimeError), match=r"NaN|broken"):

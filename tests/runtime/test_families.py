@@ -239,7 +239,7 @@ def test_the_support_table_is_the_registrys(page):
         assert support.BEGIN in text
     if support.BEGIN in text:
         shown = text[text.index(support.BEGIN) : text.index(support.END) + len(support.END)]
-        assert shown == support.table(), "run `python -m docs.support` and paste"
+        assert shown == support.table(), "run `python -m docs.support`"
 
 
 def test_the_worked_example_of_the_documentation_works(monkeypatch):
