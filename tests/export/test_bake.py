@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -339,22 +335,19 @@ class TestRefusals:
 
 LOADING = """
 import sys
-sys.path.insert(0, {tests!r})
-import torchvision_stub
-torchvision_stub.install()
 sys.modules["testreg"] = None  # importing it fails
 import timm, torch
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+model = timm.create_model("local-dir:out", pretrained=True).eval()
 norms = []
 for block in model.blocks:
     block.register_forward_hook(lambda _, args, output: norms.append(output[:, model.num_prefix_tokens:].norm(dim=-1)))
 with torch.no_grad():
-    logits = model(torch.load("{folder}/pixels.pt"))
-torch.save((logits, torch.stack(norms)), "{folder}/result.pt")
+    logits = model(torch.load("out/pixels.pt"))
+torch.save((logits, torch.stack(norms)), "out/result.pt")
 """
 
 
-def test_the_real_one_in_a_process_without_testreg(assets, tmp_path):
+def test_the_real_one_in_a_process_without_testreg(assets, forked, tmp_path):
     """`vit-tiny-augreg` as timm's: on photos that nothing was fitted to, no outlier and the unpatched answers."""
     pytest.importorskip("timm")
     if not torchvision_stub.FOLDER.is_dir():
@@ -382,8 +375,8 @@ def test_the_real_one_in_a_process_without_testreg(assets, tmp_path):
     export_stock(model, calibration, tmp_path / "out", plan=plan)
 
     torch.save(pixels, tmp_path / "out/pixels.pt")
-    code = LOADING.format(tests=str(Path(__file__).parents[1]), folder=tmp_path / "out")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    code, _, errors = forked.run(tmp_path, LOADING)
+    assert code == 0, errors[-3000:]
     logits, norms = torch.load(tmp_path / "out/result.pt")  # (images, classes), (blocks, images, patches)
     with torch.no_grad():
         expected = model(pixels).logits

@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
+from forks import CONTEXT
 from PIL import Image
-from torch import distributed, multiprocessing
+from torch import distributed
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import testreg
@@ -137,12 +138,15 @@ def worker(rank, folder, what, results):
         results.put((rank, type(error).__name__, str(error)))
 
 
+@pytest.fixture(autouse=True)
+def _served(forked):
+    """Both processes are forks of the server."""
+
+
 def two(folder, what):
     """What both processes say, by their ranks, when both are done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "testreg.demo"])
-    results = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(rank, folder, what, results)) for rank in (0, 1)]
+    results = CONTEXT.SimpleQueue()
+    processes = [CONTEXT.Process(target=worker, args=(rank, folder, what, results)) for rank in (0, 1)]
     for process in processes:
         process.start()
     if what == "interrupted":
