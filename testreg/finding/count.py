@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -89,16 +87,3 @@ def total(parts: list[Counted], batches: ImageStream) -> Counted:
         message = f"only {different} of {images} images are different; each is counted as often as it comes"
         warnings.warn(message, ImagesRepeated, stacklevel=2)
     return counted
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the `with`; every module's mode as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -15,11 +15,12 @@ from ..metrics.sinks import EPSILON, received
 from ..runtime.errors import UnsupportedModel
 from ..runtime.families import Tower, find_tower, reach
 from . import language
-from .count import Counted, count, quiet, total
+from .count import Counted, count, total
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .observe import observe, run
 from .parallel import share, shared
 from .scan import Kept
+from .still import quiet
 from .text_inspection import TextInspection
 from .trial import Threshold
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import UnsupportedModel
 from ..runtime.families import Tower, find_tower
 from ..runtime.installer import Patch, active, patch
 from ..runtime.plan import RegisterPlan
+from .still import still
 
 NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts, so this one switches the others off
 
@@ -69,14 +69,14 @@ def unpatched(model: nn.Module) -> Patch:
 
 
 def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) -> Any:
-    """One forward pass without gradients, at any image size that the model can take.
+    """One forward pass in evaluation mode, without gradients and luck, at any image size that the model can take.
 
     Args:
         inputs: what the image processor gives, on any device and in any float type.
         whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
     """
     tower = find_tower(model)
-    module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
+    module = model if whole and _takes_images_alone(model) else tower.module
     weight = next(module.parameters())
     device = "cpu" if weight.is_meta else weight.device  # accelerate takes them to where it loads the weights
     placed: dict[str, Any] = {
@@ -86,8 +86,16 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
     first = () if "pixel_values" in names or "pixel_values" not in placed else (placed.pop("pixel_values"),)  # timm's x
-    with torch.no_grad():
+    with still(module, tower):
         return module(*first, **placed)
+
+
+def _takes_images_alone(model: nn.Module) -> bool:
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        return False
+    wanted = inspect.signature(model.forward).parameters.values()
+    needed = [one.name for one in wanted if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return set(needed) <= {"pixel_values"}
 
 
 def grid(height: int, width: int, patches: int) -> tuple[int, int]:

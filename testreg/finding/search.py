@@ -19,10 +19,11 @@ from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
 from .choose import Search, Wanted
-from .count import Counted, count, quiet, total
+from .count import Counted, count, total
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .parallel import share, shared
 from .scan import Kept, Norms, Sample
+from .still import quiet
 from .trial import Bench, Score, Threshold
 
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard

@@ -35,6 +35,8 @@ class Family:
         rope: the attention's argument that holds rotary tables, if any.
         positions: the attention's argument that holds the tokens' positions, 0 to tokens - 1 where it is not given.
         bias: the module of a block, or of its attention, that makes a position bias for the tokens it is told of.
+        masking: the method that leaves out random patches, and shuffles the others, where the tower has one:
+            `(sequence, noise) -> (sequence, mask, order)`, as ViT-MAE's. While testreg looks it does neither.
         package: top-level package of the tower class.
     """
 
@@ -50,6 +52,7 @@ class Family:
     rope: str | None = None
     positions: str | None = None
     bias: str | tuple[str, ...] = ()
+    masking: str | None = None
     package: str = "transformers"
 
 
@@ -79,7 +82,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("ViTModel", LAYERS, MLP),
     "deit": Family("DeiTModel", LAYERS, MLP, prefix=2),
     "vit-msn": Family("ViTMSNModel", LAYERS, MLP),
-    "vit-mae": Family("ViTMAEModel", LAYERS, MLP),
+    "vit-mae": Family("ViTMAEModel", LAYERS, MLP, masking="embeddings.random_masking"),
     "ijepa": Family("IJepaModel", LAYERS, MLP, prefix=0),
     "dinov2": Family(("Dinov2Model", "Dinov2Backbone"), "encoder.layer", SWIGLU),
     "dinov2-with-registers": Family(
