@@ -48,6 +48,7 @@ $(VENV)/demo-ready: pyproject.toml | $(BIN)/pip
 # own, which only the tests look into (tests/torchvision_stub.py).
 $(VENV)/test-ready: pyproject.toml $(wildcard .ci/constraints.txt) | $(VENV)/demo-ready
 	$(INSTALL) $(TORCH) -e '.[dev]'
-	$(INSTALL) --no-deps timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.2 accelerate==1.15.0
+	$(INSTALL) --no-deps timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.2 accelerate==1.15.0 \
+	  torchao==0.18.0 optimum-quanto==0.2.7
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	touch $@

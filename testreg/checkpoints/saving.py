@@ -14,18 +14,20 @@ import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .. import runtime
 from ..runtime import fingerprint as base
 from ..runtime.errors import BadCheckpoint, TestregError, UnsupportedModel
 from ..runtime.installer import active
-from ..runtime.modeling_testreg import auto_map, class_of, first_line
+from ..runtime.modeling_testreg import auto_map, class_of, first_line, takes
 from ..runtime.recipe import PLAN, Recipe, config_sha256, read_json, sha256
 from . import of_timm
 from .atomic import replacing
 from .card import card
 from .original import config_of
+from .rebuilt import check_rebuilt
 
 WEIGHTS = "model.testreg"  # how the weights' file names begin, so that no stock class finds them
 INDEX = f"{WEIGHTS}.safetensors.index.json"
@@ -70,14 +72,21 @@ def save(
 
     Raises:
         TestregError: the model is not patched.
-        UnsupportedModel: its class is not one of transformers, or it is quantised.
+        UnsupportedModel: its class is not one of transformers, it is quantised, or its class builds another model from
+            its config; the message has the names of what differs.
         BadCheckpoint: the directory is in use or cannot be written; nothing is changed.
     """
+    model = _inside(model)
     acting = active(model)
     if acting is None:
         raise TestregError(
             f"{type(model).__name__} is not patched, so there are no registers to save: testreg.patch(model, found) "
             f"first, and save inside the `with` if there is one."
+        )
+    if hasattr(model, "merge_and_unload"):  # peft's
+        raise UnsupportedModel(
+            f"{type(model).__name__} holds adapters beside its weights: take the patch off, merge them with "
+            f"model = adapted.merge_and_unload(), then patch and save that."
         )
     if not _comes_back(model):
         raise UnsupportedModel(
@@ -89,11 +98,16 @@ def save(
             f"{type(model).__name__} is quantised: patch and save the unquantised model, or keep the plan with "
             f"found.save(FILE)."
         )
+    init = _init(model)
+    copies = check_rebuilt(model, **takes(type(model), init))
     target = free(directory, model, replace or force)
     source = source_files(model)
     try:
         with replacing(target) as build:
-            type(model).save_pretrained(model, build, variant="testreg", max_shard_size=max_shard_size)
+            weights_of = {**model.state_dict(), **copies} if copies else None
+            type(model).save_pretrained(
+                model, build, variant="testreg", max_shard_size=max_shard_size, state_dict=weights_of
+            )
             index = build / "model.safetensors.index.testreg.json"
             if index.exists():
                 index.rename(build / INDEX)
@@ -115,8 +129,9 @@ def save(
                 base_config=base_config,
                 config=config_sha256(base_config),
                 base=base.describe(model, acting.plan.neurons),
-                init=_init(model),
+                init=init,
                 attention=_attention(model),
+                dtypes=_dtypes(model),
                 versions={
                     "testreg": runtime.__version__,
                     "torch": torch.__version__,
@@ -138,6 +153,13 @@ def save(
                 f"`hf upload {push_to_hub} {directory}`."
             ) from error
     return target
+
+
+def _inside(model: Any) -> nn.Module:
+    """The model in wrappers that compute what it computes: torch.compile's, those of several processes."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
 
 
 def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
@@ -207,6 +229,13 @@ def _init(model: PreTrainedModel) -> dict[str, bool]:
     """A bare tower loaded from these weights, with or without a head around it now, must not make up a pooler."""
     pooler = any(name.split(".")[-1] == "pooler" for name, _ in model.named_modules())
     return {} if pooler else {"add_pooling_layer": False}
+
+
+def _dtypes(model: PreTrainedModel) -> dict[str, str]:
+    """Weight -> its dtype, where they are of several: loading would give them all the same."""
+    floating = {name: weight.dtype for name, weight in model.state_dict().items() if weight.is_floating_point()}
+    several = len(set(floating.values())) > 1
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in floating.items()} if several else {}
 
 
 def _attention(model: PreTrainedModel) -> str | None:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..images.streaming import Batch, ImageStream
-from ..runtime.errors import BadImages, ImagesRepeated, UnsupportedModel
+from ..runtime.errors import BadImages, ImagesRepeated
 from ..runtime.towers import Tower
-from .observe import as_written
 from .scan import SAMPLE, Norms, Sample, scan
 
-SHARDED = ("DTensor", "FlatParameter")  # classes of parameters that hold a part
 MANY = 0.1  # share of the images that repeat others
 
 
@@ -82,26 +78,3 @@ def total(parts: list[Counted], batches: ImageStream) -> Counted:
         message = f"only {different} of {images} images are different; each is counted as often as it comes"
         warnings.warn(message, ImagesRepeated, stacklevel=2)
     return counted
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no compilation inside the `with`; every module's mode as it was afterwards.
-
-    Raises:
-        UnsupportedModel: the weights are sharded.
-    """
-    if any(type(weight).__name__ in SHARDED for weight in model.parameters()):
-        raise UnsupportedModel(
-            f"the weights of {type(model).__name__} are sharded over processes (fully_shard, FSDP or tensor parallel), "
-            f"and finding reads them whole: find the plan on the model before it is sharded, in one process or with a "
-            f"copy in each, and patch the sharded one with it."
-        )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), as_written():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

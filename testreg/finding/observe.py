@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..images.takes import PIXELS
@@ -19,6 +17,7 @@ from ..runtime.installer import Patch, active, patch
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower, find_tower
 from . import maps
+from .still import still
 
 NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts, so this one switches the others off
 
@@ -73,14 +72,14 @@ def unpatched(model: nn.Module) -> Patch:
 
 
 def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) -> Any:
-    """One forward pass without gradients, at any image size that the model can take.
+    """One forward pass in evaluation mode, without gradients and luck, at any image size that the model can take.
 
     Args:
         inputs: what the image processor gives, on any device and in any float type.
         whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
     """
     tower = find_tower(model)
-    module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
+    module = model if whole and _takes_images_alone(model) else tower.module
     weight = next(module.parameters())
     device = "cpu" if weight.is_meta else weight.device  # accelerate takes them to where it loads the weights
     placed: dict[str, Any] = {
@@ -89,25 +88,22 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
     names = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters  # of what is compiled, if so
     if tower.row.packed:
         placed = _packed(placed, tower, names)
-    if "mask_ratio" in names:
-        placed["mask_ratio"] = 0.0  # a masked autoencoder sees every patch
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
     if "skip_predictor" in names:
         placed["skip_predictor"] = True  # what V-JEPA guesses of masked patches, at the cost of a second model
     given = next(name for name in PIXELS if name in placed)
     first = () if given in names else (placed.pop(given),)  # timm's x
-    with torch.no_grad(), as_written():
+    with still(module, tower):
         return module(*first, **placed)
 
 
-def as_written() -> AbstractContextManager[Any]:
-    """Compiled code runs as it is written inside the `with`.
-
-    What looks inside a model would have it compiled anew for each look, and `fullgraph` allows no looking at all.
-    """
-    stance = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
+def _takes_images_alone(model: nn.Module) -> bool:
+    if getattr(model, "main_input_name", "") not in PIXELS:
+        return False
+    wanted = inspect.signature(model.forward).parameters.values()
+    needed = [one.name for one in wanted if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return set(needed) <= set(PIXELS)
 
 
 def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from torch import nn
 
 from ..images.streaming import ImageStream, stream
 from ..runtime.towers import Tower
-from .count import Counted, count, quiet, total
+from .count import Counted, count, total
 from .parallel import share, shared
 from .scan import SAMPLE
+from .still import quiet
 
 Result = TypeVar("Result")
 

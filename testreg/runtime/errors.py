@@ -51,5 +51,9 @@ class ImagesRepeated(UserWarning):
     """Many of the images given are the same."""
 
 
+class RandomNumbers(UserWarning):
+    """A model draws random numbers in evaluation mode too."""
+
+
 class Harmful(TestregError):
     """No setting removes the artefact without changing the model more than the guard allows."""

@@ -41,6 +41,8 @@ class Family:
         batch_of_patches: a packed tower takes patches as `(1, patches, ...)`.
         merge: attribute of a packed tower: patches come in squares of so many by so many; None = row by row.
         window: attribute of a packed tower: patches come window by window, each of so many pixels by so many.
+        masking: the method that leaves out random patches, and shuffles the others, where the tower has one:
+            `(sequence, noise) -> (sequence, mask, order)`, as ViT-MAE's. While testreg looks it does neither.
         package: top-level package of the tower class, or several.
     """
 
@@ -64,6 +66,7 @@ class Family:
     batch_of_patches: bool = False
     merge: str | None = None
     window: str | None = None
+    masking: str | None = None
     package: str | tuple[str, ...] = "transformers"
 
 
@@ -116,7 +119,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("ViTModel", LAYERS, MLP),
     "deit": Family("DeiTModel", LAYERS, MLP, prefix=2),
     "vit-msn": Family("ViTMSNModel", LAYERS, MLP),
-    "vit-mae": Family("ViTMAEModel", LAYERS, MLP),
+    "vit-mae": Family("ViTMAEModel", LAYERS, MLP, masking="embeddings.random_masking"),
     "ijepa": Family("IJepaModel", LAYERS, MLP, prefix=0),
     "dinov2": Family(("Dinov2Model", "Dinov2Backbone"), "encoder.layer", SWIGLU),
     "dinov2-with-registers": Family(

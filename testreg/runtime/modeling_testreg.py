@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,12 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
     plan = RegisterPlan.load(directory / PLAN)
     config.transformers_weights = recipe.weights
     as_saved = model_class.__name__ == recipe.architecture
-    init = dict(recipe.init) if set(recipe.init) <= set(inspect.signature(model_class).parameters) else {}
+    init = takes(model_class, recipe.init)
     wants_info = kwargs.pop("output_loading_info", False)
+    dtypes = {name: getattr(torch, dtype) for name, dtype in recipe.dtypes.items()}
+    mixed = bool(dtypes) and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto")
+    if mixed:  # `from_pretrained` gives all weights one: the widest holds every number exactly
+        kwargs["dtype"] = reduce(torch.promote_types, dtypes.values())
     kwargs = {**init, **kwargs, "config": config, "use_safetensors": True, "output_loading_info": True}
     try:
         wanted = sum(weight.numel() for weight in skeleton(model_class, config, **init).state_dict().values())
@@ -148,9 +153,16 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
         if as_saved and (keys := sorted(map(str, info[name]))):
             raise BadCheckpoint(f"{directory} {verb} {model_class.__name__}: {', '.join(keys[:3])}.")
     del model.config.transformers_weights
+    for name, weight in [*model.named_parameters(), *model.named_buffers()] if mixed and as_saved else []:
+        weight.data = weight.data.to(dtypes.get(name, weight.dtype))
     patch(model, plan)
     model.save_pretrained = SavePretrained(model, loaded=True)
     return (model, info) if wants_info else model
+
+
+def takes(model_class: Any, init: Mapping[str, bool]) -> dict[str, bool]:
+    """What of `init` a class is built with: all of it, or nothing."""
+    return dict(init) if set(init) <= set(inspect.signature(model_class).parameters) else {}
 
 
 def skeleton(model_class: Any, config: PreTrainedConfig, **init: Any) -> Any:

@@ -25,11 +25,11 @@ import testreg
 from testreg import RegisterPlan
 from testreg.demo.planted import plant
 from testreg.finding.choose import Search, Wanted
-from testreg.finding.count import quiet
 from testreg.finding.detect import valley
 from testreg.finding.observe import run
 from testreg.finding.scan import scan
 from testreg.finding.search import located, split
+from testreg.finding.still import quiet
 from testreg.finding.trial import Bench
 from testreg.images.streaming import stream
 from testreg.runtime.towers import find_tower

@@ -12,10 +12,10 @@ from dataclasses import replace
 from transformers import AutoModelForImageClassification
 
 import testreg
-from testreg.finding.count import quiet
 from testreg.finding.detect import valley
 from testreg.finding.scan import scan
 from testreg.finding.search import located
+from testreg.finding.still import quiet
 from testreg.finding.trial import Bench
 from testreg.images import processor_for, stream
 from testreg.images.resized import resized

@@ -39,9 +39,9 @@ from transformers.utils import logging
 
 import testreg
 from testreg.demo.planted import plant
-from testreg.finding.count import quiet
 from testreg.finding.observe import run
 from testreg.finding.scan import patch_norms, scan
+from testreg.finding.still import quiet
 from testreg.images.streaming import stream
 from testreg.runtime import redirect
 from testreg.runtime.towers import find_tower

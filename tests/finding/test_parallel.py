@@ -16,8 +16,9 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import testreg
 from testreg.demo.planted import plant
-from testreg.finding.count import count, quiet, total
+from testreg.finding.count import count, total
 from testreg.finding.parallel import Lost
+from testreg.finding.still import quiet
 from testreg.images.streaming import stream
 from testreg.runtime.towers import find_tower
 
