@@ -214,7 +214,12 @@ FAMILIES: dict[str, Family] = {
         package="src",
     ),
     "mae": Family(
-        "MaskedAutoencoderViT", "blocks", attention="attn", masks=("attn_mask",), package=("models_mae", "mae")
+        "MaskedAutoencoderViT",
+        "blocks",
+        attention="attn",
+        masks=("attn_mask",),
+        masking="random_masking",
+        package=("models_mae", "mae"),
     ),
     # Packed towers
     "qwen2-vl": _packed("Qwen2VisionTransformerPretrainedModel", merge=MERGED),

@@ -102,7 +102,7 @@ def test_a_fingerprint_belongs_to_the_weights_not_to_the_class_or_the_precision(
 
 def test_a_plan_of_another_checkpoint_is_refused() -> None:
     model, _ = build("ViTForImageClassification")
-    plan = RegisterPlan(NEURONS, provenance={"base": json.loads(json.dumps(base.describe(model)))})
+    plan = RegisterPlan(NEURONS, provenance={"base": json.loads(json.dumps(base.describe(model, NEURONS)))})
     base.check_base(plan, model)
     base.check_base(plan, copy.deepcopy(model).bfloat16())
     base.check_base(RegisterPlan(NEURONS), model)  # says nothing of where it comes from
