@@ -92,8 +92,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
     if "skip_predictor" in names:
         placed["skip_predictor"] = True  # what V-JEPA guesses of masked patches, at the cost of a second model
-    given = next(name for name in PIXELS if name in placed)
-    first = () if given in names else (placed.pop(given),)  # timm's x
+    given = next((name for name in PIXELS if name in placed), None)
+    first = () if given is None or given in names else (placed.pop(given),)  # timm's x
     with still(module, tower):
         return module(*first, **placed)
 

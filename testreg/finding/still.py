@@ -72,7 +72,7 @@ def still(model: nn.Module, tower: Tower | None = None) -> Iterator[None]:
 def _whole(tower: Tower, masking: str) -> Iterator[None]:
     """The method that drops random patches and shuffles the others (ViT-MAE's, in evaluation mode too) does neither."""
     path, _, name = masking.rpartition(".")
-    owner = reach(tower.module, path)
+    owner = reach(tower.module, path) if path else tower.module
     before = vars(owner).get(name)
     setattr(owner, name, _unmasked)
     try:

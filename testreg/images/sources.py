@@ -204,7 +204,8 @@ def check(inputs: Mapping[str, Tensor], name: str) -> int:
     images = seen[:1]
     if not images or any(shape[:1] != images for shape in shapes.values()):
         raise BadImages(f"{name} has tensors of the shapes {shapes}; each needs the same axis of images first.")
-    if len(seen) in (4, 5) and seen[-1] in decode.CHANNELS and seen[-3] not in decode.CHANNELS:
+    packed = any("grid" in key for key in inputs)  # patches, each in the layout of its tower
+    if not packed and len(seen) in (4, 5) and seen[-1] in decode.CHANNELS and seen[-3] not in decode.CHANNELS:
         order, permuted = ("images", "0, 3, 1, 2") if len(seen) == 4 else ("clips, frames", "0, 1, 4, 2, 3")
         raise BadImages(
             f"{name} has pixel values of the shape {seen}, where models take ({order}, channels, height, width): "

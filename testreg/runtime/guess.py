@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -17,6 +17,7 @@ from .families import Family
 from .paths import reach
 
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls_embed", "dist_token", "distillation_token")
+REGISTERS = ("register_tokens", "registers", "storage_tokens", "reg_token", "reg_tokens", "register_token")
 WHOLE = ("patch_generator.num_skip", "num_prefix_tokens", "config.num_summary_tokens")  # all tokens before the patches
 NATIVE = ("num_register_tokens", "n_storage_tokens", "num_reg_tokens", "num_registers")  # of them, native registers
 SEEDS = ("ln_pre", "norm_pre", "pre_layrnorm", "pre_layernorm", "pre_norm", "ln_post_embed")
@@ -69,11 +70,11 @@ def width(block: nn.Module, attention: nn.Module) -> int | None:
     return min(counts, key=lambda size: (-counts[size], size)) if counts else None
 
 
-def class_tokens(tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of `tower` whose names say that they stand in front of its patches."""
+def class_tokens(tower: nn.Module, names: Collection[str] = CLASS_TOKENS) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of `tower` whose `names` say that they stand in front of its patches."""
     for name, parameter in tower.named_parameters():
         *above, last = name.split(".")
-        if last in CLASS_TOKENS and not any(part in place for part in ELSEWHERE for place in above):
+        if last in names and not any(part in place for part in ELSEWHERE for place in above):
             yield name, parameter
 
 
@@ -101,7 +102,7 @@ def guess(model: nn.Module) -> tuple[nn.Module, Family] | None:
         prefix=prefix,
         prefix_from=prefix_from,
         seed=next((name for name in SEEDS if isinstance(getattr(tower, name, None), nn.Module)), None),
-        masks=tuple(name for name in arguments[1:] if "mask" in name.lower() or "bias" in name.lower()),
+        masks=tuple(name for name in arguments[1:] if "mask" in name.lower() or "bias" in name.lower()) or Family.masks,
         rope=next((name for name in arguments if name in ("rope", "position_embeddings", "freqs", "rotary")), None),
         turn=next((name for name in ("rope", "rotary_emb") if callable(getattr(module, name, None))), None),
         positions=next((name for name in arguments if name in ("position_ids", "position_mask", "positions")), None),
@@ -214,7 +215,10 @@ def _prefix(tower: nn.Module, stream: int) -> tuple[int, str | None]:
         return 0, whole
     count = sum(parameter.numel() // max(1, stream) for _, parameter in class_tokens(tower))
     paths = [path for name in NATIVE for path in (name, f"config.{name}")]
-    return count, next((path for path in paths if isinstance(reach(tower, path), int)), None)
+    told = next((path for path in paths if isinstance(reach(tower, path), int)), None)
+    if told is None:
+        count += sum(parameter.numel() // max(1, stream) for _, parameter in class_tokens(tower, REGISTERS))
+    return count, told
 
 
 def _quoted(value: Any) -> str:

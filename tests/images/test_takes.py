@@ -98,9 +98,9 @@ def test_tensors_of_another_number_of_channels_are_refused():
     assert testreg.inspect(vit(1), torch.randn(2, 1, SIZE, SIZE)).images == 2
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.ROWS if "text" not in name])
+@pytest.mark.parametrize("name", [name for name in zoo.ROWS if "text" not in name and "vjepa2." not in name])
 def test_what_every_family_takes_is_what_its_example_has(name):
-    model, inputs = zoo.build(name)
+    model, inputs = zoo.build(name)  # but for V-JEPA 2's own code, whose frames come after its channels
     shape = next(value.shape for key, value in inputs.items() if value.ndim in (3, 4, 5) and value.is_floating_point())
     takes = taken_by(model)
     assert takes.channels == 3
