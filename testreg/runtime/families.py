@@ -218,7 +218,6 @@ FAMILIES: dict[str, Family] = {
         "blocks",
         attention="attn",
         masks=("attn_mask",),
-        masking="random_masking",
         package=("models_mae", "mae"),
     ),
     # Packed towers

@@ -120,7 +120,7 @@ class Attention(Forward):
                 f"(form='attention')."
             )
         first = args[0] if args else kwargs[self.names[0]]  # (batch, registers + tokens, channels)
-        registers = self.relay.registers_in(self.index, first)
+        registers = self.relay.registers_in(self.index, self.relay.tower.turned(first).shape[1])
         self.relay.here.acted |= ATTENTION
         return self._grown(registers or 0, args, kwargs)
 
@@ -232,12 +232,15 @@ class Bias(Forward):
     def __init__(self, relay: Relay, index: int, module: nn.Module, *, inside: bool = False, shared: bool = False):
         super().__init__(relay, index, module)
         self.inside, self.shared = inside, shared
+        self.carried = relay.plan.form != "attention" and not shared  # it is told of tokens with registers among them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
-        registers = self.relay.here.registers
-        if kwargs.get("dim_size") is not None:
+        registers, length = self.relay.here.registers, kwargs.get("dim_size")
+        if self.carried and length is not None:
+            registers = self.relay.registers_in(self.index, length) or 0
+        if length is not None:
             kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - registers}
         bias: Tensor = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
         if not self.inside:
@@ -268,7 +271,7 @@ class Neurons(Forward):
         neurons, rest = self.neurons.on(activation.device), self.rest.like(activation)
         if not self.carried:
             return self.original(redirect.rest(activation, neurons, rest), *args, **kwargs)
-        registers = self.relay.registers_in(self.index, activation)
+        registers = self.relay.registers_in(self.index, self.relay.tower.turned(activation).shape[1])
         if registers is None:
             raise TestregError(
                 f"the second linear of block {self.index} was called without its block, so which of its tokens are "

@@ -99,8 +99,8 @@ class Relay:
             )
         return plan.law(patches)
 
-    def registers_in(self, index: int, tokens: Tensor) -> Any:
-        """How many of `tokens` `(batch, registers + tokens, any)` in a block are registers; None where it is open.
+    def registers_in(self, index: int, length: Any) -> Any:
+        """How many of `length` registers and tokens in a block are registers; None where it is open.
 
         The block's mark says it. Where a backward pass computes the inside of a block again, without its forward, the
         length does: it only grows with the number of patches.
@@ -109,7 +109,7 @@ class Relay:
             return self.here.registers
         if torch._C._current_graph_task_id() < 0:
             return None
-        length, prefix = self.tower.turned(tokens).shape[1], self.tower.prefix
+        prefix = self.tower.prefix
         registers: int = max(self.plan.registers_for(1), self.plan.registers_for(length))
         while registers and registers > self.plan.registers_for(max(1, length - registers - prefix)):
             registers -= 1

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def test_patch_tells_what_a_person_wants_to_know(model, clean, photos):
     for part in ("Artefact", "Neurons", "Registers", "unpatched", "patched", "Held out", "-> 0.00%", "same top-1",
                  "cosine of the output", f'model = testreg.load("{folder}")'):  # fmt: skip
         assert part in said
-    table = [line for line in said.splitlines() if line.strip()[:1].isdigit()]
+    table = [line for line in said.splitlines() if re.match(r" *\d+  ", line)]  # a line per block
     assert len(table) == SHAPE["num_hidden_layers"]
     assert len({len(line) for line in table}) == 1  # aligned
     assert all(line == line.rstrip() for line in said.splitlines())
