@@ -7,6 +7,7 @@ imported is for `subprocess` to test.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -76,5 +77,8 @@ def _run(code: str, arguments: list[str], folder: Path, out: Path, err: Path) ->
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     os.chdir(folder)
+    # Code of checkpoints lies in a folder of this script's own, or scripts would see each other's half-made modules.
+    modules = importlib.import_module("transformers.dynamic_module_utils")
+    modules.HF_MODULES_CACHE = str(folder.with_name(f"{folder.name}.{os.getpid()}.modules"))
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
