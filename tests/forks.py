@@ -79,6 +79,11 @@ def _run(code: str, arguments: list[str], folder: Path, out: Path, err: Path) ->
     os.chdir(folder)
     # Code of checkpoints lies in a folder of this script's own, or scripts would see each other's half-made modules.
     modules = importlib.import_module("transformers.dynamic_module_utils")
-    modules.HF_MODULES_CACHE = str(folder.with_name(f"{folder.name}.{os.getpid()}.modules"))
+    modules.HF_MODULES_CACHE = cache = str(folder.with_name(f"{folder.name}.{os.getpid()}.modules"))
+    os.makedirs(cache)
+    sys.path.insert(0, cache)  # ahead of the one that the server knows
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
