@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
@@ -79,8 +80,7 @@ def _run(code: str, arguments: list[str], folder: Path, out: Path, err: Path) ->
     os.chdir(folder)
     # Code of checkpoints lies in a folder of this script's own, or scripts would see each other's half-made modules.
     modules = importlib.import_module("transformers.dynamic_module_utils")
-    modules.HF_MODULES_CACHE = cache = str(folder.with_name(f"{folder.name}.{os.getpid()}.modules"))
-    os.makedirs(cache)
+    modules.HF_MODULES_CACHE = cache = tempfile.mkdtemp(dir=modules.HF_MODULES_CACHE)
     sys.path.insert(0, cache)  # ahead of the one that the server knows
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
         del sys.modules[name]
