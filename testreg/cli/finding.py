@@ -18,12 +18,14 @@ from .group import (
     load_both,
     load_model,
     main,
+    on_hub,
     photos,
     print_json,
     running,
     running_with,
     say,
     span,
+    with_plan,
 )
 
 
@@ -31,7 +33,7 @@ from .group import (
 @click.argument("model")
 @photos
 @choices
-@click.option("--plan", "plan_file", type=click.Path(), help="Use this plan, as `find --out` wrote it.")
+@with_plan
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the patched checkpoint.")
 @click.option("--force", is_flag=True, help="Replace the checkpoint in --out; save even if the guard refuses.")
 @as_json
@@ -55,10 +57,13 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 @photos
 @choices
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
+@click.option("--push", help="Share the plan on the hub, as owner/name or owner/name:FILE, with a card.")
 @click.option("--explain", is_flag=True, help="Show the candidates and every plan tried.")
 @click.option("--force", is_flag=True, help="Give the best plan even if the guard refuses it.")
 @as_json
-def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool, **given: Any) -> None:
+def find(
+    model: str, out: Path | None, push: str | None, explain: bool, force: bool, as_json: bool, **given: Any
+) -> None:
     """Find the register neurons of MODEL and the registers that take their place. The model is not changed.
 
     \b
@@ -71,10 +76,15 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     writable(out)
     if out and out.is_file() and not _holds_plan(out):
         raise TestregError(f"{out} is there and holds no plan; nothing else is replaced. Give another --out.")
+    if push and not on_hub(push):
+        raise click.BadParameter(f"{push!r} is no name on the hub, as in owner/name.", param_hint="--push")
     plan = _find(load_model(model, given), given, force=force)
     if out and leads():
         with writing(out) as file:
             plan.save(file)
+    if push and leads():
+        name, _, filename = push.partition(":")
+        address = plan.push_to_hub(name, filename=filename or None, force=force)
     if as_json:
         return print_json(plan.to_dict())
     told = plan.provenance
@@ -83,6 +93,9 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     if out:
         images = given["images"]
         say(f"\nPlan in {out}. Apply it:\n\n    testreg patch {model} --images {images} --plan {out} --out DIRECTORY")
+    if push and leads():
+        apply = f"testreg patch {model} --images PHOTOS --plans {name} --out DIRECTORY"
+        say(f"\nPlan on the hub: {address}. Others apply it:\n\n    {apply}")
 
 
 @main.command(short_help="Has a model the artefact? Patch norms per block.")

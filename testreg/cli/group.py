@@ -53,8 +53,14 @@ running = options(
     click.option("--workers", type=click.IntRange(min=0), help="Processes that decode photos. Default: this one."),
     loading,
 )
-with_plan = click.option(
-    "--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none, as `find --out` wrote them."
+with_plan = options(
+    click.option(
+        "--plan",
+        "plan_file",
+        type=click.Path(),
+        help="Registers for MODEL: a file that `find --out` wrote, or owner/name on the hub.",
+    ),
+    click.option("--plans", help="Plans on the hub, owner/collection, among which MODEL's is found by its weights."),
 )
 photos = options(click.option("--images", required=True, **IMAGES), running)
 choices = options(
@@ -107,11 +113,21 @@ def load_both(
     from .. import RegisterPlan
     from ..runtime.fingerprint import check_base
 
-    plan = RegisterPlan.load(plan_file) if plan_file else None
+    plans = given.get("plans")
+    if plan_file and plans:
+        raise click.UsageError("give either --plan, one plan, or --plans, a collection in which it is found.")
+    plan = RegisterPlan.load(plan_file, force=not check) if plan_file else None
     loaded = load_model(model, given, patched=patched)
     if plan and check:
         check_base(plan, loaded)
-    return loaded, plan
+    return loaded, RegisterPlan.load(plans, model=loaded) if plans else plan
+
+
+def on_hub(plan: str) -> bool:
+    """Whether a plan is given as a name on the hub."""
+    from ..runtime.plan import ON_HUB
+
+    return bool(ON_HUB.fullmatch(plan)) and not Path(plan).exists()
 
 
 def running_with(given: Mapping[str, Any]) -> dict[str, Any]:

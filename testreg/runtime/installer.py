@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import BadPlan
 from .families import Tower, find_tower, reach
+from .fingerprint import check_base
 from .forwards import Attention, Bias, Block, Forward, Neurons, Record, Relay
 from .guard import Guard
 from .plan import RegisterPlan
@@ -30,8 +31,11 @@ def patch(model: nn.Module, found: RegisterPlan) -> Patch:
 
     Raises:
         UnsupportedModel: no family describes the model.
-        BadPlan: the plan does not fit the model.
+        BadPlan: the plan does not fit the model, or comes from the hub and was found on other weights.
     """
+    hub = found.provenance.get("hub")
+    if isinstance(hub, dict) and not hub.get("force"):  # a stranger's plan may fit the shapes, and no more
+        check_base(found, model if isinstance(model, nn.Module) else model.model)
     return Patch(model, found)
 
 

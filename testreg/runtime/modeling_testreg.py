@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from transformers.configuration_utils import PreTrainedConfig
 
 from .errors import BadCheckpoint, TestregError
-from .installer import active, patch
+from .installer import Patch, active
 from .plan import RegisterPlan
 from .recipe import MODEL_TYPE, PLAN, Recipe
 from .redirect import move as _move  # noqa: F401, transformers copies the files that are imported in this form
@@ -143,7 +143,7 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
         if as_saved and (keys := sorted(map(str, info[name]))):
             raise BadCheckpoint(f"{directory} {verb} {model_class.__name__}: {', '.join(keys[:3])}.")
     del model.config.transformers_weights
-    patch(model, plan)
+    Patch(model, plan)  # the recipe has vouched for the weights
     model.save_pretrained = MethodType(save_pretrained, model)
     return (model, info) if wants_info else model
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import BadPlan
+from .errors import BadPlan, TestregError
 
 FORMAT = "testreg-plan"
 VERSION = 1
 LARGEST = torch.finfo(torch.float32).max
 MOST_REGISTERS = 1024  # far beyond any use; a plan file is not trusted with the size of an allocation
+# A repository of the hub: owner/name, owner/name@revision, owner/name:file or owner/name@revision:file.
+ON_HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*?)(?<!\.safetensors)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +122,24 @@ class RegisterPlan:
         Path(path).write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
 
     @classmethod
-    def load(cls, path: str | Path) -> RegisterPlan:
-        """Read a file that `save` wrote.
+    def load(cls, path: str | Path, *, model: Any = None, **hub: Any) -> RegisterPlan:
+        """Read a file that `save` wrote, or a plan that `push_to_hub` shared.
+
+        Args:
+            path: a file, a checkpoint with registers, or a repository of the hub: `"owner/name"`, with a revision
+                `"owner/name@v1"`, of several plans one `"owner/name:file.safetensors"`.
+            model: what the plan is for. Of several plans in a repository the one that was found on its weights is
+                taken, and a plan that was found on others refused.
+            hub: `filename`, `subfolder`, `revision`, `token`, `cache_dir` and whatever else `hf_hub_download` takes;
+                `force=True` takes a plan for any model. Without it, `patch` checks once more that a plan from the hub
+                was found on the weights that it is put on.
 
         Raises:
-            BadPlan: the file is missing, damaged, of an unknown version, or holds values out of range.
+            BadPlan: the plan is missing, damaged, of an unknown version, for other weights, or holds values out of
+                range.
         """
+        if hub or model is not None or Path(path).is_dir() or (ON_HUB.fullmatch(str(path)) and not Path(path).exists()):
+            return _sharing().load(path, model, **hub)
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -139,6 +155,23 @@ class RegisterPlan:
                 f"{path} cannot be read as a register plan: {error}. `testreg find --out` writes one."
             ) from error
         return cls.from_dict(values, state)
+
+    def push_to_hub(self, name: str, **settings: Any) -> str:
+        """Share the plan: the file, a card with the model, the numbers and a picture of norms, and a line in the list
+        of the repository's plans, by which `load(name, model=model)` finds it.
+
+        Args:
+            name: a repository of the hub, `"owner/name"`, of one plan or of many; made where it is not there.
+            settings: `filename`, by default after the model; `private`, `revision`, `token`; `force=True` replaces a
+                plan of other weights.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            BadPlan: the repository cannot be written, or has another model's plan of that name.
+        """
+        return _sharing().push(self, name, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the state's numbers stay in their tensor."""
@@ -181,6 +214,14 @@ class RegisterPlan:
             rest=None if values.get("rest") is None else _by_block(values["rest"], "rest"),
             provenance=provenance,
         )
+
+
+def _sharing() -> Any:
+    """What speaks to the hub: not among the files that travel with a checkpoint, so asked for by name when wanted."""
+    try:
+        return import_module("testreg.checkpoints.sharing")
+    except ModuleNotFoundError as error:
+        raise TestregError("plans on the hub need testreg itself: pip install testreg.") from error
 
 
 def _by_block(values: Any, name: str) -> dict[int, Any]:
