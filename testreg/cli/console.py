@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import click
 
 from ..checkpoints.atomic import replacing_file
-from ..runtime.errors import Harmful, ImagesRepeated, ImagesSkipped, NoOutliers, TestregError
+from ..runtime.errors import FamilyLeftOut, Harmful, ImagesRepeated, ImagesSkipped, NoOutliers, TestregError
 
 EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error; 2: the command line itself
 INTERRUPTED = 130  # as shells have it
@@ -143,7 +143,7 @@ def _own_warnings() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for own in (ImagesSkipped, ImagesRepeated):
+            for own in (ImagesSkipped, ImagesRepeated, FamilyLeftOut):
                 warnings.simplefilter("always", own)
             warnings.showwarning = show
             yield

@@ -39,5 +39,9 @@ class ImagesRepeated(UserWarning):
     """Many of the images given are the same."""
 
 
+class FamilyLeftOut(UserWarning):
+    """A package brings a family that cannot be had, or whose name is taken; the others are there."""
+
+
 class Harmful(TestregError):
     """No setting removes the artefact without changing the model more than the guard allows."""

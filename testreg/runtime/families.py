@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .errors import UnsupportedModel
+from .outside import add as add_brought
 
 
 @dataclass(frozen=True)
@@ -205,14 +206,9 @@ def find_tower(model: nn.Module) -> Tower:
             "nn.DataParallel copies a model to other devices at every call, its patch not among the copies: use "
             "DistributedDataParallel, or patch model.module on one device."
         )
-    towers: list[Tower] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
-            continue  # inside a tower that is already found
-        for name, family in FAMILIES.items():
-            if _belongs(module, family):
-                towers.append(_resolve(path, module, name, family))
-                break
+    towers = _towers(model)
+    if not towers and add_brought(FAMILIES, Family):
+        towers = _towers(model)
     if not towers:
         raise UnsupportedModel(_refused(model) or _unknown(model))
     if len(towers) > 1:
@@ -221,6 +217,18 @@ def find_tower(model: nn.Module) -> Tower:
             f"pass one of them, as in testreg.find(model.{towers[0].path}, images)."
         )
     return towers[0]
+
+
+def _towers(model: nn.Module) -> list[Tower]:
+    towers: list[Tower] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
+            continue  # inside a tower that is already found
+        for name, family in FAMILIES.items():
+            if _belongs(module, family):
+                towers.append(_resolve(path, module, name, family))
+                break
+    return towers
 
 
 def reach(module: nn.Module, paths: str | tuple[str, ...]) -> Any:
