@@ -59,7 +59,7 @@ def test_it_costs_nothing_where_the_model_is_known(installed):
         installed,
         """
         import sys, transformers, testreg
-        from testreg.runtime.families import find_tower
+        from testreg.runtime.towers import find_tower
 
         model = transformers.ViTModel(transformers.ViTConfig(
             hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=16, patch_size=8
@@ -93,7 +93,7 @@ def test_a_broken_one_is_a_warning_that_names_it_and_the_others_are_there(broken
         broken,
         """
         import warnings, testreg
-        from testreg.runtime.families import find_tower
+        from testreg.runtime.towers import find_tower
         from garden.model import GardenViT
 
         before = testreg.FAMILIES["vit"]

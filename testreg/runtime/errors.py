@@ -31,8 +31,20 @@ class RegistersLeftOut(UserWarning):
     """A patched model is being written without its registers."""
 
 
+class RegistersStretched(UserWarning):
+    """An image is far larger, or smaller, than those that its number of registers was measured at."""
+
+
+class AnotherModel(UserWarning):
+    """A plan acts on other weights than those that it was found on."""
+
+
 class ImagesSkipped(UserWarning):
     """Some of the images given cannot be used; the others are."""
+
+
+class ImagesDark(UserWarning):
+    """Some of the images given are nearly only black."""
 
 
 class ImagesRepeated(UserWarning):
@@ -41,6 +53,10 @@ class ImagesRepeated(UserWarning):
 
 class FamilyLeftOut(UserWarning):
     """A package brings a family that cannot be had, or whose name is taken; the others are there."""
+
+
+class RandomNumbers(UserWarning):
+    """A model draws random numbers in evaluation mode too."""
 
 
 class Harmful(TestregError):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.families import Tower, find_tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
 from .hiding import check_hidden_registers
 from .outputs import Inputs, close, outputs, unit_gain
 from .planting import check_planted
@@ -69,14 +69,16 @@ def check_tower(model: nn.Module, inputs: Mapping[str, Any]) -> Tower:
     """
     tower = find_tower(model)
     shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(at: str, value: Any) -> None:
+        shapes[at] = tuple(tower.batched(value).shape)
+
     handles = []
     for index, (block, down, attention) in enumerate(zip(tower.blocks, tower.downs, tower.attentions, strict=True)):
         handles += [
-            down.register_forward_pre_hook(lambda _, args, at=f"neurons {index}": shapes.update({at: args[0].shape})),
-            block.register_forward_hook(lambda _, args, out, at=f"tokens {index}": shapes.update({at: _shape(out)})),
-            attention.register_forward_hook(
-                lambda _, args, out, at=f"attention {index}": shapes.update({at: _shape(out)})
-            ),
+            down.register_forward_pre_hook(lambda _, args, at=f"neurons {index}": note(at, args[0])),
+            block.register_forward_hook(lambda _, args, out, at=f"tokens {index}": note(at, out)),
+            attention.register_forward_hook(lambda _, args, out, at=f"attention {index}": note(at, out)),
         ]
     outputs(model, inputs)
     for handle in handles:
@@ -151,7 +153,3 @@ def _one(value: Any, index: int, batch: int) -> Any:
 
 def _has(tensor: Tensor, batch: int) -> bool:
     return tensor.ndim > 0 and len(tensor) == batch
-
-
-def _shape(output: Any) -> tuple[int, ...]:
-    return tuple((output[0] if isinstance(output, tuple) else output).shape)

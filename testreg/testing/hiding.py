@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..runtime.families import find_tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import find_tower
 from .outputs import close, outputs
 
 REGISTERS = 3
@@ -39,7 +39,7 @@ def check_hidden_registers(
         wanted = outputs(model, inputs)
         with patch(model, plan):
             handle = tower.blocks[0].register_forward_hook(
-                lambda module, args, output: lengths.append(_tokens(output).shape[1])
+                lambda module, args, output: lengths.append(tower.batched(output).shape[1])
             )
             outputs(model, inputs)
             handle.remove()
@@ -105,7 +105,3 @@ def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
-
-
-def _tokens(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..finding.detect import rank, valley
-from ..finding.observe import grid
+from ..finding.places import grid
 from ..finding.scan import scan
 from ..finding.search import located
 from ..images.streaming import Batch
-from ..runtime.families import Tower, find_tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
 from .outputs import Inputs, clone, images_of
 
 IMAGES, BLOCK, NEURON, STRENGTH = 16, 1, 7, 40.0
@@ -31,7 +31,7 @@ def plant(model: nn.Module, inputs: Mapping[str, Any], special: Tensor) -> None:
     """
     tower = find_tower(model)
     readers = _readers(tower)
-    read = _inputs_of(model, inputs, readers[0])  # (images, tokens, channels)
+    read = tower.batched(_inputs_of(model, inputs, readers[0]))  # (images, tokens, channels)
     flat, wanted = read.flatten(0, 1).double(), special.flatten().double()
     flat = torch.cat([flat, torch.ones(len(flat), 1, dtype=flat.dtype)], 1)
     weights = 1 + wanted * (len(wanted) / wanted.sum() - 1)  # the few count as much as the many
@@ -58,8 +58,7 @@ def check_planted(model: nn.Module, inputs: Inputs) -> None:
     model = copy.deepcopy(model)
     tower = find_tower(model)
     given = clone(inputs(IMAGES))
-    tokens = norms(model, given).shape[-1]
-    special = _marked(given, tokens)
+    special = _marked(model, tower, given)
     clean = norms(model, given)
     plant(model, given, torch.cat([torch.zeros(IMAGES, tower.prefix, dtype=torch.bool), special], 1))
     spoilt = norms(model, given)
@@ -93,9 +92,7 @@ def norms(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     tower = find_tower(model)
     found: list[Tensor] = []
     handles = [
-        block.register_forward_hook(
-            lambda _, args, output: found.append(output[0] if isinstance(output, tuple) else output)
-        )
+        block.register_forward_hook(lambda _, args, output: found.append(tower.batched(output)))
         for block in tower.blocks
     ]
     model(**inputs)
@@ -104,25 +101,23 @@ def norms(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return torch.stack([tokens[:, tower.prefix :].norm(dim=-1) for tokens in found])
 
 
-def _marked(inputs: dict[str, Any], tokens: int) -> Tensor:
-    """Make one patch of every image loud, in place, and say which, `(images, patches)`."""
+def _marked(model: nn.Module, tower: Tower, inputs: dict[str, Any]) -> Tensor:
+    """Make one patch of every image loud, in place, and say which tokens that is, `(images, patches)`.
+
+    The tokens tell it themselves, by what reaches the first block: no order of theirs has to be known.
+    """
+    before = tower.batched(_inputs_of(model, inputs, tower.blocks[0]))[:, tower.prefix :]
     image = inputs[images_of(inputs)]
     if image.ndim == 3:  # (images, patches, pixels)
-        places = torch.arange(IMAGES) % 8
-        image[torch.arange(IMAGES), places] = MARK
-        special = nn.functional.one_hot(places, image.shape[1]).bool()
+        image[torch.arange(IMAGES), torch.arange(IMAGES) % 8] = MARK
     else:
-        rows, columns, size = _patches(image, tokens)
+        rows, columns, size = _patches(image, before.shape[1])
         places = torch.arange(IMAGES) % min(4, columns) + columns * (torch.arange(IMAGES) % min(2, rows))
         for index, place in enumerate(places.tolist()):
             row, column = size * (place // columns), size * (place % columns)
             image[index, ..., row : row + size, column : column + size] = MARK
-        special = nn.functional.one_hot(places, rows * columns).bool()
-    if special.shape[1] != tokens:
-        special = special.repeat(1, tokens // special.shape[1])  # videos: the patch is loud in every frame
-    if "noise" in inputs:  # a masked autoencoder, which orders its patches by it
-        special = special.gather(1, inputs["noise"].argsort(1))
-    return special
+    changed = (tower.batched(_inputs_of(model, inputs, tower.blocks[0]))[:, tower.prefix :] - before).norm(dim=-1)
+    return changed > changed.amax(1, keepdim=True) / 2  # of a video, the patch in every frame
 
 
 def _patches(image: Tensor, tokens: int) -> tuple[int, int, int]:
@@ -150,9 +145,13 @@ def _readers(tower: Tower) -> list[nn.Linear]:
     ]
 
 
-def _inputs_of(model: nn.Module, inputs: Mapping[str, Any], module: nn.Module) -> Tensor:
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+@torch.no_grad()
+def _inputs_of(model: nn.Module, inputs: Mapping[str, Any], module: nn.Module) -> Any:
+    """What `module` is given first, while the model runs."""
+    seen: list[Any] = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, named: seen.append([*args, *named.values()][0]), with_kwargs=True
+    )
     model(**inputs)
     handle.remove()
     return seen[0]

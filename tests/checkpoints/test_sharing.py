@@ -45,13 +45,14 @@ def made_for(name: str, called: str, **fields) -> tuple[torch.nn.Module, Registe
     """A model, and a plan that says it was found on it."""
     model, _ = zoo.build(name)
     model.name_or_path = called
+    fields = {"neurons": {1: (3, 7)}, **fields}
     provenance = {
-        "base": describe(model),
+        "base": describe(model, fields["neurons"]),
         "blocks": BLOCKS,
         "before": {"outlier_patches": 0.02, "output_cosine": 1.0},
         "after": {"outlier_patches": 0.0, "output_cosine": 0.9993},
     }
-    return model, RegisterPlan(**{"neurons": {1: (3, 7)}, "provenance": provenance, **fields})
+    return model, RegisterPlan(**fields, provenance=provenance)
 
 
 def files(hub: Hub, name: str) -> dict[str, bytes]:
@@ -103,6 +104,8 @@ def test_of_many_plans_that_of_the_models_weights_is_taken_whatever_its_precisio
     assert "(facebook--dino-tiny.png)" in text
     with pytest.raises(BadPlan, match=r"holds 2 plans \(facebook--dino-tiny.safetensors, google.*me/plans:FILE"):
         RegisterPlan.load("me/plans")
+    with testreg.patch(dino, "me/plans") as patched:
+        assert patched.plan == other
     stranger, _ = zoo.build("DeiTModel")
     stranger.name_or_path = "facebook/deit-tiny"
     with pytest.raises(
@@ -275,7 +278,7 @@ def test_the_command_line_pushes_finds_and_checks(hub, tmp_path, monkeypatch):
     other = testreg.checkpoints.load_base(model)
     with torch.no_grad():
         next(other.parameters()).mul_(1)
-        testreg.runtime.families.find_tower(other).downs[0].weight[0, 0] += 1
+        testreg.runtime.towers.find_tower(other).downs[0].weight[0, 0] += 1
     other.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "preprocessor_config.json").write_bytes(
         (Path(model) / "preprocessor_config.json").read_bytes()

@@ -7,7 +7,7 @@ import torch
 from zoo import FIRST, ROWS, build, tensors
 
 import testreg
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 from testreg.testing import check_planted
 
 BLOCK, NEURON = 1, 7
@@ -23,7 +23,7 @@ def test_a_patched_model_of_every_family_is_saved_and_comes_back(name, tmp_path)
     model, inputs = build(name)
     state = torch.ones(find_tower(model).channels)
     testreg.patch(model, testreg.RegisterPlan({BLOCK: (NEURON,)}, registers=2, entry=1, state=state))
-    if not type(model).__module__.startswith("transformers"):
+    if not type(model).__module__.startswith("transformers."):
         with pytest.raises(testreg.UnsupportedModel, match="Keep the plan"):
             testreg.save(model, tmp_path / "clean")
         return
