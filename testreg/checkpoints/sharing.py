@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +24,9 @@ from ..runtime import __version__
 from ..runtime.errors import BadPlan
 from ..runtime.fingerprint import check_base, fingerprint
 from ..runtime.fingerprint import name as name_of
+from ..runtime.hub import ON_HUB
 from ..runtime.modeling_testreg import first_line
-from ..runtime.plan import ON_HUB, RegisterPlan
+from ..runtime.plan import RegisterPlan
 from ..runtime.recipe import PLAN
 from .plan_card import MARK, norms_picture, plan_card
 
@@ -34,7 +36,7 @@ TURNS = 5  # tries to commit while others commit to the same repository
 
 
 def load(
-    path: str | Path,
+    path: str | PathLike[str],
     model: nn.Module | None = None,
     *,
     filename: str | None = None,

@@ -78,7 +78,7 @@ def find(
     Nothing needs to be set: what no option fixes is found.
     """
     from ..finding.parallel import leads
-    from ..runtime.plan import on_hub
+    from ..runtime.hub import on_hub
 
     writable(out)
     if out and out.is_file() and not _holds_plan(out):

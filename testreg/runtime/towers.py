@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import families, outside
+from . import families
 from .errors import UnsupportedModel
 from .families import REFUSED, Family
 from .guess import NAME, class_tokens, unknown, width
+from .outside import add as add_brought
 from .paths import each, reach
 
 NATIVE = ("register_token", "storage_token", "reg_token")  # in the names of native registers
@@ -72,7 +73,7 @@ def find_tower(model: nn.Module) -> Tower:
             "DistributedDataParallel, or patch model.module on one device."
         )
     towers = _towers(model)
-    if not towers and outside.add(families.FAMILIES, Family):
+    if not towers and add_brought(families.FAMILIES, Family):
         towers = _towers(model)
     if not towers:
         known = ", ".join(families.FAMILIES)

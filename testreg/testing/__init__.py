@@ -1,4 +1,4 @@
-"""Is a family's row right? The checks that this project's own families go through, for whoever writes a row.
+"""Is the row of a family right: the checks that this project's own go through, for whoever writes one.
 
     from testreg.testing import check
 
