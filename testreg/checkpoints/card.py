@@ -76,9 +76,9 @@ def metadata(base: str, library: str, source: Path | None) -> tuple[ModelCardDat
 
 
 def kind_of_artefact(provenance: Mapping[str, Any]) -> list[str]:
-    """What `provenance["kind"]` says of the artefact, in its own sentences."""
-    kind = provenance.get("kind")
-    said = kind.get("sentences") if isinstance(kind, Mapping) else None
+    """What `provenance["nature"]` says of the artefact, in its own sentences."""
+    nature = provenance.get("nature")
+    said = nature.get("sentences") if isinstance(nature, Mapping) else None
     if not isinstance(said, list) or not said:
         return []
     return [" ".join(" ".join(str(line).split()).replace("<", "&lt;")[:500] for line in said[:8]), ""]

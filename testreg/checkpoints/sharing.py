@@ -31,7 +31,7 @@ from ..runtime.recipe import PLAN
 from .plan_card import MARK, norms_picture, plan_card
 
 INDEX = "plans.json"
-TOLD = ("form", "registers", "resolution", "artefact", "kind", "before", "after")  # what the list says of a plan
+TOLD = ("form", "registers", "resolution", "artefact", "nature", "before", "after")  # what the list says of a plan
 TURNS = 5  # tries to commit while others commit to the same repository
 
 

@@ -139,6 +139,8 @@ def inspect(
         return print_json(found.to_dict())
     say(words.norms(found.to_dict()["blocks"]), f"An outlier has {found.threshold} or more; {found.images} photos.")
     say(wrapped(words.attention(found.to_dict()["attention"])), wrapped(found.verdict))
+    if found.nature:
+        say(wrapped(" ".join(found.nature.sentences)))
 
 
 def patch_and_save(
