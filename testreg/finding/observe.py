@@ -24,13 +24,14 @@ NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts,
 
 @dataclass(frozen=True)
 class Projection:
-    """Where an attention makes its keys, or its values: the last part of a linear's name, or a third of a fused one."""
+    """Where an attention makes its queries, keys or values: the last part of a linear's name, or its third if fused."""
 
     what: str
     names: tuple[str, ...]
     third: int
 
 
+QUERIES = Projection("query", ("q_proj", "query"), 0)
 KEYS, VALUES = Projection("key", ("k_proj", "key"), 1), Projection("value", ("v_proj", "value"), 2)
 
 
@@ -42,6 +43,7 @@ class Seen:
         states: block -> residual stream after it `(batch, tokens, channels)`, prefix tokens first.
         attentions: block -> attention `(batch, heads, tokens, tokens)`; rows sum to less than 1 where registers took
             the rest.
+        attended: block -> what its attention gives, before anything is added to it, `(batch, tokens, channels)`.
         keys, values: block -> those of all heads side by side, before any rotation, `(batch, tokens, channels)`.
     """
 
@@ -49,6 +51,7 @@ class Seen:
     attentions: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    attended: dict[int, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -59,6 +62,7 @@ def observe(
     attentions: Iterable[int] = (),
     keys: Iterable[int] = (),
     values: Iterable[int] = (),
+    attended: Iterable[int] = (),
 ) -> Iterator[Seen]:
     """Keep what the named blocks do in the forward passes inside the `with`; the model is as before afterwards.
 
@@ -75,6 +79,8 @@ def observe(
             handles.append(tower.blocks[block].register_forward_hook(_keep_state(tower, seen, block)))
         for block in keys:
             handles.append(_keep_projected(tower, seen.keys, block, KEYS))
+        for block in attended:
+            handles.append(tower.attentions[block].register_forward_hook(_keep_attended(tower, seen, block)))
         for block in values:
             handles.append(_keep_projected(tower, seen.values, block, VALUES))
         for block in attentions:
@@ -138,6 +144,15 @@ def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> 
 def _keep_state(tower: Tower, seen: Seen, block: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         seen.states[block] = tower.batched(output)
+
+    return hook
+
+
+def _keep_attended(tower: Tower, seen: Seen, block: int) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        current = active(tower.module)
+        inside = 0 if current and current.plan.form == "attention" else _registers(tower, block)
+        seen.attended[block] = tower.batched(output)[:, inside:]
 
     return hook
 
