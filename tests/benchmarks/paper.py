@@ -4,8 +4,8 @@
         --dinov2 facebook/dinov2-large --openclip laion/CLIP-ViT-B-16-laion2B-s34B-b88K \
         --voc07 VOC2007 --voc12 VOC2012 --coco20k COCO20k --ade20k ADE20k --imagenet ILSVRC/val --imagenet-masks ISeg
 
-Each data set is a folder as docs/evaluation.md has it. What is not given is a row that says so; the file is written anew
-after every row, and a row that it has is not measured again. `--limit 100` tries all of it on a few photos first.
+Each data set is a folder as docs/evaluation.md has it. What is not given is a row that says so; the file is written
+anew after every row, and a row that it has is not measured again. `--limit 100` tries all of it on a few photos first.
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ def table(done: Mapping[str, Any]) -> str:
             ]
             continue
         for arm, (value, low, high) in found.items():
-            lines.append(
-                f"| {row.name} | {arm} | {row.reported.get(arm, '')} | {value:.1f} | {low:.1f} to {high:.1f} | {row.unlike} |"
-            )
+            cells = (row.name, arm, row.reported.get(arm, ""), f"{value:.1f}", f"{low:.1f} to {high:.1f}", row.unlike)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", *NOT_HERE]) + "\n"
 
 
