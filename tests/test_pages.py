@@ -121,7 +121,7 @@ def test_readmes_commands_for_sharing_are_commands(alone, here):
     find, patch, census = shell(section("Share, look around, extend"))
     run(shlex.split(census.replace("MODEL MODEL", "facebook/dinov2-base dinov2-clean")), here, alone)
     rows = (here / "census.md").read_text().splitlines()
-    assert [row.split(" | ")[4] for row in rows[2:]] == ["artefact", "none"]
+    assert [row.split(" | ")[2] for row in rows[2:]] == ["artefact", "none"]
     for line, missing in ((find, "could not be written to owner/name"), (patch, "of owner/name")):
         command = shlex.split(line.replace("MODEL", "facebook/dinov2-base").replace("DIR", "out"))
         done = subprocess.run(command, cwd=here, env=alone, capture_output=True, text=True, timeout=300)

@@ -28,23 +28,24 @@ FAILED, SPOILT, CLEAN = "failed", "artefact", "none"
 COLUMNS: Mapping[str, str] = {  # in Python, CSV and JSON -> in Markdown
     "model": "model",
     "size": "size",
-    "photos": "photos",
-    "family": "family",
     "verdict": "artefact?",
     "outliers": "outliers",
-    "images": "photos with one",
-    "times": "largest / median",
-    "block": "from block",
-    "threshold": "threshold",
     "where": "kind",
     "states": "states",
+    "times": "largest / median",
+    "block": "from block",
     "values": "value norm",
     "attention": "attention there",
+    "images": "photos with one",
     "native": "own registers",
     "plan": "plan",
+    "threshold": "threshold",
+    "family": "family",
+    "photos": "photos",
     "reason": "reason",
 }
 LONGEST = 200  # letters of a reason
+IN_WORDS = " times the median norm of an image"
 SHARES = ("outliers", "images", "attention")  # of 1; per cent in Markdown
 Row = dict[str, Any]
 
@@ -152,7 +153,7 @@ def _told(found: Inspection) -> Row:
 def markdown(rows: Iterable[Row]) -> str:
     """Rows as a table for people, without columns that nobody fills."""
     rows = list(rows)
-    columns = [name for name in COLUMNS if any(row.get(name) not in (None, "") for row in rows)]
+    columns = [name for name in COLUMNS if any(row.get(name) not in (None, "", 0, "0") for row in rows)]
     lines = [" | ".join(COLUMNS[name] for name in columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(_shown(name, row.get(name)) for name in columns) for row in rows]
     return "".join(f"| {line} |\n" for line in lines)
@@ -210,7 +211,9 @@ def _shown(name: str, value: Any) -> str:
     if value in (None, ""):
         return "-"
     if name in SHARES:
-        return f"{100 * float(value):.2f} %"
+        return f"{100 * float(value):.{2 if name == 'outliers' else 0}f} %"
+    if name == "threshold":
+        return str(value).replace(IN_WORDS, " × median")
     if name in ("times", "values"):
         return f"{float(value):.3g}"
     return " ".join(str(value).split()).replace("|", "/")

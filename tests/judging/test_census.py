@@ -123,6 +123,7 @@ def test_other_photos_are_other_rows(here, tmp_path):
 def test_tables_come_back_as_they_went(tmp_path):
     row = dict.fromkeys(module.COLUMNS)
     row |= {"model": "a|b", "size": "own", "photos": "8 (0)", "verdict": "artefact", "outliers": 0.0201, "times": 50.04}
+    row |= {"threshold": "3.4 times the median norm of an image", "native": 0}
     write([row], tmp_path / "t.json")
     assert read(tmp_path / "t.json") == [row]
     write([row], tmp_path / "t.csv")
@@ -131,9 +132,9 @@ def test_tables_come_back_as_they_went(tmp_path):
     assert next(csv.reader((tmp_path / "t.csv").read_text().splitlines())) == list(module.COLUMNS)
     text = markdown([row])
     assert text.splitlines() == [
-        "| model | size | photos | artefact? | outliers | largest / median |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| a/b | own | 8 (0) | artefact | 2.01 % | 50 |",
+        "| model | size | artefact? | outliers | largest / median | threshold | photos |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| a/b | own | artefact | 2.01 % | 50 | 3.4 × median | 8 (0) |",
     ]
 
 
