@@ -43,7 +43,7 @@ def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
     """
     whole = model if isinstance(model, nn.Module) else getattr(model, "model", model)  # the latter in a pipeline
     plan = RegisterPlan.of(found, whole)
-    hub = plan.provenance.get("hub")
+    hub = plan.provenance.get("hub") if plan is found else None  # loaded here, it was checked already
     if isinstance(hub, dict) and not hub.get("force"):  # a stranger's plan may fit the shapes, and no more
         check_base(plan, whole)
     return Patch(model, plan)

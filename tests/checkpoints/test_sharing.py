@@ -233,6 +233,11 @@ def test_a_plan_without_provenance_is_shared_under_the_usual_name(hub):
     plan = RegisterPlan({1: (2,)})
     plan.push_to_hub("me/bare")
     assert RegisterPlan.load("me/bare") == plan
+    model, _ = zoo.build("ViTModel")
+    with pytest.raises(BadPlan, match="does not say on which weights it was found"):
+        testreg.patch(model, "me/bare:registers.safetensors")
+    with testreg.patch(model, RegisterPlan.load("me/bare", force=True)), testreg.patch(model, plan):
+        pass
     assert set(files(hub, "me/bare")) == {".gitattributes", "registers.safetensors", "plans.json", "README.md"}
 
 

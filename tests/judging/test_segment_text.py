@@ -220,12 +220,16 @@ def test_keys_to_keys_is_attention_of_keys_by_the_formula(name, form):
         "attention": RegisterPlan({}, registers=2, state=state.expand(len(tower.blocks), 2, -1)),
     }
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    with patch(model, plans[form]), observe(model, keys=[last], values=[last]) as own:
+        run(model, inputs)
     with (
         patch(model, plans[form]),
         keys_as_queries(tower, last),
-        observe(model, attentions=[last], attended=[last], keys=[last]) as seen,
+        observe(model, attentions=[last], attended=[last], keys=[last], values=[last]) as seen,
     ):
         run(model, inputs)
+    assert torch.equal(seen.keys[last], own.keys[last])
+    assert torch.equal(seen.values[last], own.values[last])
     maps, keys = seen.attentions[last], seen.keys[last]  # without registers
     heads = maps.shape[1]
     split = keys.unflatten(-1, (heads, -1)).transpose(1, 2)  # (images, heads, tokens, channels)
