@@ -228,8 +228,8 @@ def test_keys_to_keys_is_attention_of_keys_by_the_formula(name, form):
         observe(model, attentions=[last], attended=[last], keys=[last], values=[last]) as seen,
     ):
         run(model, inputs)
-    assert torch.equal(seen.keys[last], own.keys[last])
-    assert torch.equal(seen.values[last], own.values[last])
+    torch.testing.assert_close(seen.keys[last], own.keys[last])
+    torch.testing.assert_close(seen.values[last], own.values[last])
     maps, keys = seen.attentions[last], seen.keys[last]  # without registers
     heads = maps.shape[1]
     split = keys.unflatten(-1, (heads, -1)).transpose(1, 2)  # (images, heads, tokens, channels)
