@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from ..metrics.outliers import locked
 from ..runtime.errors import UnsupportedModel
 from ..runtime.towers import Tower
 from .attending import Attending
-from .detect import Artefact
+from .detect import NEARLY_ALL, Artefact
 from .kinds import Kinds
 from .observe import observe, run
 from .scan import Kept
@@ -20,7 +21,7 @@ from .scan import Kept
 CLOSER = 8  # images that are looked at once more
 FEWEST = 4  # images: below, nothing can be said of places
 OFTEN = 0.5  # share of the images in which a patch is an outlier, where its place makes it one
-NEARLY_ALL, HARDLY_ANY = 0.9, 0.1  # of the outliers
+HARDLY_ANY = 0.1  # of the outliers
 MOST_STATES = 4
 ONE_STATE = 0.9  # mean cosine with the mean of its kind
 ALIKE = 0.5  # cosine with the way from ordinary patches to outliers: an ordinary patch is on it by no chance
@@ -122,10 +123,10 @@ def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, 
         seen: where attention goes.
     """
     outliers = [found.threshold.outliers(image.norms[found.shown]) for image in images]
-    locked, places = _places(outliers)
+    share, places = locked(outliers, OFTEN) if len(outliers) >= FEWEST else (None, ())
     where: Any = "unknown"
-    if locked is not None:
-        where = "position" if locked >= NEARLY_ALL else "content" if locked <= HARDLY_ANY else "both"
+    if share is not None:
+        where = "position" if share >= NEARLY_ALL else "content" if share <= HARDLY_ANY else "both"
     spoilt = [(image, row) for image, row in zip(images, outliers, strict=True) if row.any()][:CLOSER]
     behind = range(found.block + 1, len(tower.blocks))
     states, values = _closer(model, tower, spoilt, found.shown, behind)
@@ -136,7 +137,7 @@ def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, 
     along = cosine_similarity(others - middle, (picked.mean(0) - middle)[None])  # (others,)
     return Nature(
         where=where,
-        locked=locked or 0.0,
+        locked=share or 0.0,
         places=places,
         states=kinds,
         likeness=likeness,
@@ -145,15 +146,6 @@ def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, 
         alike=float((along > ALIKE).float().mean()),
         pattern=_pattern(images, outliers),
     )
-
-
-def _places(outliers: list[Tensor]) -> tuple[float | None, tuple[int, ...]]:
-    """The share of outliers at places that make them, and these places; None where it cannot be told."""
-    if len(outliers) < FEWEST or len({len(row) for row in outliers}) != 1:
-        return None, ()
-    counts = torch.stack(outliers).sum(0)  # (patches,)
-    often = counts >= max(2, OFTEN * len(outliers))
-    return float(counts[often].sum() / counts.sum().clamp(min=1)), tuple(often.nonzero().flatten().tolist())
 
 
 def _closer(

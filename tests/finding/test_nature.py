@@ -14,6 +14,7 @@ from testreg.demo.planted import plant
 from testreg.finding import nature as natures
 from testreg.finding.nature import Nature
 from testreg.images.streaming import _digest
+from testreg.metrics.outliers import locked
 
 SHAPE = {
     "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 96,
@@ -54,9 +55,9 @@ def test_both_where_half_of_the_outliers_are_locked():
     rows = [torch.zeros(20, dtype=torch.bool) for _ in range(8)]
     for index, row in enumerate(rows):
         row[0] = row[1 + index] = True
-    assert natures._places(rows) == (0.5, (0,))
-    assert natures._places(rows[:3]) == (None, ())
-    assert natures._places([*rows, torch.zeros(21, dtype=torch.bool)]) == (None, ())
+    assert locked(rows, natures.OFTEN) == (0.5, (0,))
+    assert locked(rows, 1 / 8) == (1.0, tuple(range(9)))
+    assert locked([*rows, torch.zeros(21, dtype=torch.bool)], natures.OFTEN) == (None, ())
 
 
 def test_too_few_images_are_said():
