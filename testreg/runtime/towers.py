@@ -111,13 +111,13 @@ def belongs(module: nn.Module, family: Family) -> bool:
 
 def blocks_of(module: nn.Module, family: Family) -> tuple[nn.Module, ...]:
     """The blocks of a tower one by one, where they may come in chunks: lists that count those before them by modules
-    that do nothing.
+    that do nothing. Of compiled ones the blocks inside.
     """
     blocks: list[nn.Module] = []
     for block in reach(module, family.blocks) or ():
         chunk = isinstance(block, nn.ModuleList) and reach(block, family.attention) is None
         blocks += [part for part in block if not isinstance(part, nn.Identity)] if chunk else [block]
-    return tuple(blocks)
+    return tuple(getattr(block, "_orig_mod", block) for block in blocks)
 
 
 def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
