@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PINS)
 
-.PHONY: demo test lint types docs bench clean
+.PHONY: demo test lint types docs bench peers clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/testreg demo --out demo --replace
@@ -32,6 +32,9 @@ bench: $(VENV)/test-ready
 	$(BIN)/python -m tests.benchmarks.method cost
 	$(BIN)/python -m tests.benchmarks.processes
 	$(BIN)/python -m tests.benchmarks.gpu --out gpu.json # where there is a GPU; goes on where it was cut off
+
+peers: $(VENV)/test-ready
+	$(BIN)/python -m tests.benchmarks.peers
 
 clean:
 	rm -rf $(VENV) demo site
