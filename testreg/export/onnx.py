@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..finding.observe import observe
 from ..runtime.errors import BadCheckpoint, Harmful, TestregError, UnsupportedModel
 from ..runtime.families import find_tower, reach
 from ..runtime.modeling_testreg import load
@@ -20,6 +21,7 @@ BATCHES = (1, 8)  # sizes that the file is checked with; it takes any
 # In float32 of the largest error, relative to the largest value or to 1; in float16 of the error's norm, relative to
 # the output's.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
+NORMS = "patch_norms"  # of the output that only checks read
 WHOLE = 1_900_000_000  # bytes of weights up to which one file holds them; protobuf ends at 2 GiB
 
 
@@ -51,40 +53,13 @@ def export_onnx(
         UnsupportedModel: the model cannot be traced.
         TestregError: onnx, onnxscript or onnxruntime is not installed.
     """
-    target = Path(file).expanduser().resolve()
-    if target.suffix != ".onnx" or target.is_dir():
-        raise BadCheckpoint(f"{file} is no name of an ONNX file: give one that ends in .onnx.")
-    data = target.with_name(f"{target.name}.data")
-    for taken in (target, data):
-        if taken.exists() and not replace:
-            raise BadCheckpoint(f"{taken} exists: choose another name, or pass replace=True (--replace).")
+    target, data = free(file, replace)
     if dtype not in TOLERANCE:
         raise TestregError(f"dtype is {dtype}; ONNX export is for torch.float32 and torch.float16 (--dtype float32).")
-    _needs("onnx", "onnxscript", "onnxruntime")
     loaded: Any = model if isinstance(model, nn.Module) else load(model)
-    plain = _Plain(copy.deepcopy(_of_images(loaded)), dtype).eval()
-    example = torch.randn(2, *_shape(plain.inner, size), generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.no_grad():
-        names = list(plain.named(example))
-        try:
-            program = torch.onnx.export(
-                plain,
-                (example,),
-                dynamo=True,
-                input_names=["pixel_values"],
-                output_names=names,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                custom_translation_table={torch.ops.aten.index_copy.default: _index_copy()},
-                verbose=False,
-            )
-        except Exception as error:  # whatever tracing raises
-            raise UnsupportedModel(
-                f"{type(loaded).__name__} cannot be exported to ONNX: {str(error).strip().splitlines()[0]}"
-            ) from error
-    assert program is not None
-    foreign = {node.domain for node in program.model.graph.all_nodes()} - {"", "ai.onnx"}
-    if foreign:
-        raise UnsupportedModel(f"{type(loaded).__name__} needs operators that ONNX has not: {', '.join(foreign)}.")
+    plain = Plain(copy.deepcopy(of_images(loaded)), dtype).eval()
+    example = torch.randn(2, *shape_of(plain.inner, size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    program, names = traced(plain, example)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -104,27 +79,90 @@ def export_onnx(
     return target
 
 
-class _Plain(nn.Module):
-    """Images in, a tuple of tensors out."""
+class Plain(nn.Module):
+    """Images in, a tuple of tensors out.
 
-    def __init__(self, model: Any, dtype: torch.dtype):
+    Args:
+        norms: also give the norms of the patches after every block, `(batch, blocks, patches)`.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, *, norms: bool = False):
         super().__init__()
         self.inner: Any = model.to("cpu", dtype)
+        self.norms = norms
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.named(pixel_values).values())
 
     def named(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        output = self.inner(pixel_values)
-        if isinstance(output, Tensor):
-            return {"output": output}
-        named: dict[str, Tensor] = {}
-        for name, value in output.items() if isinstance(output, Mapping) else enumerate(output):
-            values = value if isinstance(value, (tuple, list)) else [value]
-            for index, tensor in enumerate(values):
-                if isinstance(tensor, Tensor):
-                    named[str(name) if len(values) == 1 else f"{name}_{index}"] = tensor
-        return named
+        if not self.norms:
+            return _named(self.inner(pixel_values))
+        tower = find_tower(self.inner)
+        with observe(self.inner, states=range(len(tower.blocks))) as seen:
+            named = _named(self.inner(pixel_values))
+        states = [seen.states[block][:, tower.prefix :] for block in sorted(seen.states)]
+        return {**named, NORMS: torch.stack([state.norm(dim=-1) for state in states], dim=1)}
+
+
+def traced(plain: Plain, example: Tensor) -> tuple[Any, list[str]]:
+    """The ONNX program of `plain` for images like `example` in batches of any size, and the names of its outputs.
+
+    Raises:
+        UnsupportedModel: it cannot be traced, or needs operators that ONNX has not.
+    """
+    kind = type(plain.inner).__name__
+    with torch.no_grad():
+        names = list(plain.named(example))
+        try:
+            program = torch.onnx.export(
+                plain,
+                (example,),
+                dynamo=True,
+                input_names=["pixel_values"],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table={torch.ops.aten.index_copy.default: _index_copy()},
+                verbose=False,
+            )
+        except Exception as error:  # whatever tracing raises
+            raise UnsupportedModel(
+                f"{kind} cannot be exported to ONNX: {str(error).strip().splitlines()[0]}"
+            ) from error
+    assert program is not None
+    foreign = {node.domain for node in program.model.graph.all_nodes()} - {"", "ai.onnx"}
+    if foreign:
+        raise UnsupportedModel(f"{kind} needs operators that ONNX has not: {', '.join(foreign)}.")
+    return program, names
+
+
+def free(file: str | Path, replace: bool) -> tuple[Path, Path]:
+    """Where an ONNX file is to be written, and the weights beside it, where they are too many for one file.
+
+    Raises:
+        BadCheckpoint: one of them is there, and is not to be replaced.
+        TestregError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    target = Path(file).expanduser().resolve()
+    if target.suffix != ".onnx" or target.is_dir():
+        raise BadCheckpoint(f"{file} is no name of an ONNX file: give one that ends in .onnx.")
+    data = target.with_name(f"{target.name}.data")
+    for taken in (target, data):
+        if taken.exists() and not replace:
+            raise BadCheckpoint(f"{taken} exists: choose another name, or pass replace=True (--replace).")
+    _needs("onnx", "onnxscript", "onnxruntime")
+    return target, data
+
+
+def _named(output: Any) -> dict[str, Tensor]:
+    if isinstance(output, Tensor):
+        return {"output": output}
+    named: dict[str, Tensor] = {}
+    for name, value in output.items() if isinstance(output, Mapping) else enumerate(output):
+        values = value if isinstance(value, (tuple, list)) else [value]
+        for index, tensor in enumerate(values):
+            if isinstance(tensor, Tensor):
+                named[str(name) if len(values) == 1 else f"{name}_{index}"] = tensor
+    return named
 
 
 def _index_copy() -> Any:
@@ -144,14 +182,14 @@ def _index_copy() -> Any:
     return translate
 
 
-def _of_images(model: nn.Module) -> Any:
+def of_images(model: nn.Module) -> Any:
     """The model, or its vision tower where it reads text as well."""
     if getattr(model, "main_input_name", "pixel_values") == "pixel_values":
         return model
     return find_tower(model).module
 
 
-def _shape(model: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
+def shape_of(model: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """Channels, height and width of the images that the model is made for."""
     timm = getattr(model, "pretrained_cfg", None) or reach(model, "timm_model.pretrained_cfg")
     if timm:
@@ -166,12 +204,8 @@ def _shape(model: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
     return reach(config, "num_channels") or 3, height, width
 
 
-def _compare(plain: _Plain, file: Path, names: list[str], example: Tensor, dtype: torch.dtype) -> None:
-    import onnxruntime  # type: ignore[import-untyped]
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+def _compare(plain: Plain, file: Path, names: list[str], example: Tensor, dtype: torch.dtype) -> None:
+    session = session_of(file)
     for batch in BATCHES:
         images = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(batch)).to(dtype)
         with torch.no_grad():
@@ -188,6 +222,15 @@ def _compare(plain: _Plain, file: Path, names: list[str], example: Tensor, dtype
                     f"in ONNX Runtime {name} differs from PyTorch by {float(error):.1e} at batch size {batch}; "
                     f"at most {TOLERANCE[dtype]:.0e} is allowed. Nothing was written."
                 )
+
+
+def session_of(file: str | Path) -> Any:
+    """The file, ready to run in ONNX Runtime on the CPU."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def _needs(*packages: str) -> None:
