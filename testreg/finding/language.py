@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..metrics.sinks import received, sink_rate
 from ..runtime.errors import TestregError, UnsupportedModel
 from ..text.tokens import SHORTEST, tokens
-from .count import quiet
 from .observe import eager
+from .still import quiet
 from .text_inspection import FIRST, TextBlock, TextInspection
 
 MASSIVE = (100.0, 1000.0)  # a massive activation: its magnitude, and that over the median one (arXiv 2402.17762)

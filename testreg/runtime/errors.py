@@ -31,12 +31,28 @@ class RegistersLeftOut(UserWarning):
     """A patched model is being written without its registers."""
 
 
+class RegistersStretched(UserWarning):
+    """An image is far larger, or smaller, than those that its number of registers was measured at."""
+
+
+class AnotherModel(UserWarning):
+    """A plan acts on other weights than those that it was found on."""
+
+
 class ImagesSkipped(UserWarning):
     """Some of the images given cannot be used; the others are."""
 
 
+class ImagesDark(UserWarning):
+    """Some of the images given are nearly only black."""
+
+
 class ImagesRepeated(UserWarning):
     """Many of the images given are the same."""
+
+
+class RandomNumbers(UserWarning):
+    """A model draws random numbers in evaluation mode too."""
 
 
 class Harmful(TestregError):

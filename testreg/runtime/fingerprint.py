@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import BadPlan
-from .families import find_tower
 from .offload import present
 from .plan import RegisterPlan
+from .towers import Tower, find_tower
 
 ROUNDINGS = {
     torch.float64: (torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -22,9 +23,14 @@ ROUNDINGS = {
 }
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What a plan's provenance says of the model that it was found on, plain JSON values: name, class, fingerprint."""
-    return {"model": name(model), "class": type(model).__name__, "fingerprint": fingerprint(model)}
+def describe(model: nn.Module, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, Any]:
+    """What a plan's provenance says of the model that it was found on, plain JSON values: name, class, fingerprints."""
+    return {
+        "model": name(model),
+        "class": type(model).__name__,
+        "fingerprint": fingerprint(model),
+        "columns": columns(find_tower(model), neurons),
+    }
 
 
 def name(model: nn.Module) -> str:
@@ -48,11 +54,52 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     for index, block in enumerate(blocks):
         with present(block):
             for key, weight in sorted(block.state_dict().items()):
-                weight = weight.detach().cpu()
-                for dtype, digest in digests.items():
-                    rounded = weight.to(dtype) if weight.is_floating_point() else weight
-                    digest.update(f"{index}.{key}{tuple(rounded.shape)}".encode())
-                    digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
+                _update(digests, f"{index}.{key}", weight)
+    return _named(digests)
+
+
+def columns(tower: Tower, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, str]:
+    """As `fingerprint`, of what `neurons` write alone: their columns of the second linears. It costs next to nothing.
+
+    Returns:
+        Name of the dtype -> hex digest; nothing where a second linear has no plain weight.
+    """
+    weights: dict[int, Tensor] = {}
+    for block, row in neurons.items():
+        down: Any = tower.downs[block]
+        with present(down):
+            weight = getattr(down, "weight", None)
+            if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in ROUNDINGS or weight.ndim != 2:
+                return {}
+            if hasattr(weight, "device_mesh"):  # a shard of it is here
+                return {}
+            weights[block] = weight.detach()[:, list(row)]  # (channels, neurons)
+    if not weights:
+        return {}
+    digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[max((w.dtype for w in weights.values()), key=_width)]}
+    for block, weight in weights.items():
+        _update(digests, str(block), weight)
+    return _named(digests)
+
+
+def fits(plan: RegisterPlan, tower: Tower) -> bool:
+    """Whether `plan` was found on the weights of `tower`, by what its neurons write; also where it does not say so."""
+    base = plan.provenance.get("base")
+    recorded = base.get("columns") if isinstance(base, Mapping) else None
+    actual = columns(tower, plan.neurons) if isinstance(recorded, Mapping) and recorded else {}
+    shared = [dtype for dtype in actual if dtype in recorded]  # type: ignore[operator]
+    return not shared or any(recorded[dtype] == actual[dtype] for dtype in shared)  # type: ignore[index]
+
+
+def _update(digests: Mapping[torch.dtype, Any], key: str, weight: Tensor) -> None:
+    weight = weight.detach().cpu()
+    for dtype, digest in digests.items():
+        rounded = weight.to(dtype) if weight.is_floating_point() else weight
+        digest.update(f"{key}{tuple(rounded.shape)}".encode())
+        digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _named(digests: Mapping[torch.dtype, Any]) -> dict[str, str]:
     return {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in digests.items()}
 
 
