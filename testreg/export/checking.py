@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from ..finding.trial import Threshold
 from ..metrics.agreement import agreement
 from .graph import constant, linears
-from .onnx import NORMS, session_of
+from .tracing import NORMS, session_of
 
 USUAL = Threshold(4.0)  # from which norm on a patch is an outlier, as a multiple of its image's median
 ANSWERS = ("logits", "image_embeds", "output", "pooler_output")
@@ -50,11 +50,20 @@ class Side:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found on `images` photos, the model as it came first, in float and in int8, by turns."""
+    """What was found: the model as it came first, then with registers if it has some; in float and in int8, by turns.
+
+    Attributes:
+        images: how many photos were compared.
+        processor: what the machine's processor calls itself, since times are its own.
+        calibrated: how many photos the ranges are from.
+        about: a sentence about the registers.
+    """
 
     sides: tuple[Side, ...]
     images: int
     processor: str
+    calibrated: int = 0
+    about: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

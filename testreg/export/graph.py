@@ -1,4 +1,7 @@
-"""What is done to an ONNX graph before it is quantised; none of it changes what the graph computes."""
+"""What is done to an ONNX graph before it is quantised; none of it changes what the graph computes.
+
+Graphs are those of `onnx_ir`, with which PyTorch's exporter makes them.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +81,20 @@ def lift_rows(graph: Any) -> int:
         ir.convenience.replace_all_uses_with(old, new)
         graph.remove(node, safe=True)
         lifted += 1
-    ir.passes.common.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
     return lifted
+
+
+def tidy(model: Any) -> None:
+    """Leave out of an `onnx_ir` model what nothing reads, and what its exporter says of where each node comes from."""
+    import onnx_ir as ir
+
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def _initializer(graph: Any, name: str, array: np.ndarray) -> Any:

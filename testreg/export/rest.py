@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finding.observe import run, unpatched
-from ..runtime.families import Tower, find_tower
+from ..runtime.towers import Tower, find_tower
 from ..runtime.plan import RegisterPlan
 
 
