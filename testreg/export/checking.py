@@ -106,8 +106,8 @@ def check(files: Mapping[str, Path], batches: Iterable[Tensor]) -> Check:
             sums[name].norms.append(given[NORMS])
             if "last_hidden_state" in given:
                 count = given[NORMS].shape[-1]
-                pair = (side["last_hidden_state"][:, -count:] for side in (given, real))
-                sums[name].patches.append(cosine_similarity(*pair, dim=-1).mean(-1))
+                ours, theirs = (side["last_hidden_state"][:, -count:] for side in (given, real))
+                sums[name].patches.append(cosine_similarity(ours, theirs, dim=-1).mean(-1))
     first = torch.cat(sums[names[0]].norms)  # (images, blocks, patches)
     block = int((first.amax(-1) / first.median(-1).values).mean(0).argmax())
     sides = []
@@ -184,10 +184,10 @@ def _scales(file: Path) -> dict[str, tuple[float, float, tuple[int, int]]]:
     """Linear -> scale, zero point and ends of its quantised input."""
     import onnx_ir as ir
 
-    found = {}
+    found: dict[str, tuple[float, float, tuple[int, int]]] = {}
     for node in ir.load(file).graph:
         made = node.inputs[0].producer() if node.op_type in ("MatMul", "Gemm") and node.inputs[0] else None
-        if made is not None and made.op_type == "DequantizeLinear":
+        if made is not None and made.op_type == "DequantizeLinear" and node.name:
             scale, zero = constant(made.inputs[1]), constant(made.inputs[2])
             if scale is not None and zero is not None and scale.ndim == 0:
                 ends = np.iinfo(zero.dtype)

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+
+from ..finding.linears import evening
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter says which module a node comes from
-EVEN = "LayerNormalization"
+NORM = "LayerNormalization"
 
 
 def linears(graph: Any) -> Iterator[Any]:
@@ -121,53 +124,74 @@ def _rows(value: Any) -> np.ndarray | None:
 
 
 def even_out(graph: Any, largest: Mapping[str, np.ndarray]) -> int:
-    """Give the channels between a norm and its linears sizes that one scale can hold; how many norms that were.
+    """Give the channels in front of linears sizes that one scale can hold; in front of how many values that was done.
 
-    Each channel is divided by the root of its largest value over that of the weights that read it (SmoothQuant,
-    arXiv 2211.10438, equation 4 with alpha 0.5): in the norm's own gain and bias, and back in the weights.
+    Each channel is divided as `testreg.finding.linears.evening` says, and the weights are multiplied. A norm divides in
+    its own gain and bias; in front of the other linears, those behind attention and activation, stands one
+    multiplication.
 
     Args:
-        largest: output of a norm -> its channels' largest magnitude `(channels,)`, as calibration images have it.
+        largest: value that linears read -> its channels' largest magnitude `(channels,)` on calibration images.
     """
     evened = 0
-    for node in graph:
-        readers = _readers(node) if node.op_type == EVEN and node.outputs[0].name in largest else []
-        gain, weights = constant(node.inputs[1]) if readers else None, [constant(r.inputs[1]) for r in readers]
-        if gain is None or any(weight is None for weight in weights):
+    for value, readers in inputs(graph).items():
+        if value.name not in largest:
             continue
-        seen = largest[node.outputs[0].name]
-        read = np.max([np.abs(weight).max(1) for weight in weights if weight is not None], axis=0)  # (channels,)
-        scale = np.sqrt(np.maximum(seen, 1e-5) / np.maximum(read, 1e-5)).astype(gain.dtype)
-        for index in range(1, len(node.inputs)):
-            if (old := constant(node.inputs[index])) is not None:
-                node.replace_input_with(index, _initializer(graph, f"{node.name}.even.{index}", old / scale))
+        weights = [_weight(reader) for reader in readers]  # each (channels, outputs)
+        read = np.max([np.abs(weight).max(1) for weight in weights], axis=0)  # (channels,)
+        scale = evening(torch.from_numpy(largest[value.name]), torch.from_numpy(read)).numpy()
+        if not _divide_norm(graph, value, readers, scale):
+            _divide(graph, value, readers, scale)
         for reader, weight in zip(readers, weights, strict=True):
-            assert weight is not None
-            changed = _initializer(graph, f"{reader.name}.even", weight * scale[:, None])
-            reader.replace_input_with(1, changed)
+            changed = weight * scale[:, None]
+            changed = changed.T.copy() if _turned(reader) else changed
+            reader.replace_input_with(1, _initializer(graph, f"{reader.name}.even", changed))
         evened += 1
     return evened
 
 
-def norms(graph: Any) -> list[str]:
-    """The outputs of norms that only linears read, whose channels can be evened out."""
-    return [node.outputs[0].name for node in graph if node.op_type == EVEN and _readers(node)]
+def inputs(graph: Any) -> dict[Any, list[Any]]:
+    """What linears read -> the linears that read it."""
+    found: dict[Any, list[Any]] = {}
+    for node in linears(graph):
+        if (
+            node.inputs[0] is not None
+            and node.inputs[0].producer() is not None
+            and not node.attributes.get_int("transA", 0)
+        ):
+            found.setdefault(node.inputs[0], []).append(node)
+    return found
 
 
-def _readers(node: Any) -> list[Any]:
-    """The linears that read a node's output `(..., channels)`, none where anything else does."""
-    output, readers = node.outputs[0], []
-    if output.is_graph_output():
-        return []
-    for user, index in output.uses():
-        if user.op_type == "Shape":
-            continue
-        plain = user.op_type == "MatMul" or (user.op_type == "Gemm" and not _turned(user))
-        if index != 0 or not plain or constant(user.inputs[1]) is None:
-            return []
-        readers.append(user)
-    return readers
+def _divide_norm(graph: Any, value: Any, readers: list[Any], scale: np.ndarray) -> bool:
+    """Divide a norm's channels by `scale`, where it is a norm, and nobody else reads it; whether that was so."""
+    node, read = value.producer(), [user for user, _ in value.uses() if user.op_type != "Shape"]
+    if node.op_type != NORM or value.is_graph_output() or len(read) != len(readers) or constant(node.inputs[1]) is None:
+        return False
+    for index in range(1, len(node.inputs)):  # gain and bias
+        if (old := constant(node.inputs[index])) is not None:
+            node.replace_input_with(index, _initializer(graph, f"{node.name}.even.{index}", old / scale))
+    return True
+
+
+def _divide(graph: Any, value: Any, readers: list[Any], scale: np.ndarray) -> None:
+    import onnx_ir as ir
+
+    name = f"{readers[0].name}.evened"
+    node = ir.node("Mul", [value, _initializer(graph, f"{name}.by", 1 / scale)], name=name)
+    made = node.outputs[0]
+    made.name, made.type, made.dtype, made.shape = name, value.type, value.dtype, value.shape
+    graph.insert_after(value.producer(), node)
+    for reader in readers:
+        reader.replace_input_with(0, made)
+
+
+def _weight(node: Any) -> np.ndarray:
+    """A linear's weight `(channels, outputs)`."""
+    weight = constant(node.inputs[1])
+    assert weight is not None
+    return weight.T if _turned(node) else weight
 
 
 def _turned(node: Any) -> bool:
-    return any(node.attributes.get_int(name, 0) for name in ("transA", "transB"))
+    return bool(node.op_type == "Gemm" and node.attributes.get_int("transB", 0))

@@ -45,7 +45,7 @@ def export_int8(
     """Write `model` as ONNX in int8, and compare it with itself in float, both without and with registers.
 
     The outliers that the artefact puts into a model waste an 8-bit scale. Registers that only attention sees take them
-    out of every tensor: those of a patched model, or else those that `testreg.find` finds on the photos to calibrate on.
+    out of every tensor: those of a patched model, or else what `testreg.find` finds on the photos to calibrate on.
 
     Args:
         model: patched with registers that only attention sees, or not patched; or the directory or hub name of a
@@ -101,8 +101,8 @@ def _registers(model: nn.Module, seen: Photos, how: Int8) -> tuple[RegisterPlan 
     current = active(model)
     if current is not None and current.plan.form != "attention":
         raise TestregError(
-            f"the registers are of the {current.plan.form} form: as tokens they carry the outlier through every linear, "
-            f"so that int8 gains nothing by them. Give the unpatched model, whose registers are found on the way, or "
+            f"the registers are of the {current.plan.form} form: as tokens they carry the outlier through every "
+            f"linear, so that int8 gains nothing by them. Give the unpatched model, whose registers are found on the way, or "
             f"find some that only attention sees: testreg.find(model, images, form='attention')."
         )
     if current is not None:
@@ -128,7 +128,8 @@ def _both(model: nn.Module, folder: Path, name: str, seen: Photos, how: Int8) ->
     graphs.tidy(made)
     ir.save(made, real)
     if how.even:
-        graphs.even_out(made.graph, largest(real, graphs.norms(made.graph), seen.calibration()))
+        read = [value.name for value in graphs.inputs(made.graph)]
+        graphs.even_out(made.graph, largest(real, read, seen.calibration()))
         graphs.tidy(made)
     ir.save(made, even)
     quantise(even, whole, seen.calibration, how)

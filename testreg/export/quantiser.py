@@ -86,7 +86,7 @@ def quantise(file: Path, out: Path, batches: Batches, how: Int8) -> None:
         TestregError: a pattern of what to keep in float fits nothing.
     """
     import onnx_ir as ir
-    from onnxruntime import quantization as ort  # type: ignore[import-untyped]
+    from onnxruntime import quantization as ort
 
     graph, target = ir.load(file).graph, TARGETS[how.target]
     linears = [node.name for node in graphs.linears(graph)]
@@ -145,9 +145,9 @@ def _kept(graph: Any, patterns: tuple[str, ...], linears: list[str]) -> list[str
 
 
 def _reader(batches: Batches) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
+    from onnxruntime.quantization import CalibrationDataReader  # type: ignore[import-untyped]
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         """Batches as ONNX Runtime reads them: all, or, where it strides, as many as it asks for."""
 
         def __init__(self) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..finding.observe import run, unpatched
-from ..runtime.towers import Tower, find_tower
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
 
 
 def put_at_rest(model: nn.Module, plan: RegisterPlan, inputs: Mapping[str, Tensor]) -> RegisterPlan:

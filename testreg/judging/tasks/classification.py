@@ -16,7 +16,8 @@ from ...images import labels
 from ...images.labels import Sample
 from ...runtime.errors import BadImages
 from ..arms import Arm
-from .base import Measure, Measures, Task, ask
+from ..asking import ask
+from .base import Measure, Measures, Task
 
 
 @dataclass
