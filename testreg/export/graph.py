@@ -15,6 +15,7 @@ from ..finding.linears import evening
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter says which module a node comes from
 NORM = "LayerNormalization"
+TINY = 1e-6  # the least that a token is divided by
 
 
 def linears(graph: Any) -> Iterator[Any]:
@@ -184,6 +185,39 @@ def _divide(graph: Any, value: Any, readers: list[Any], scale: np.ndarray) -> No
     graph.insert_after(value.producer(), node)
     for reader in readers:
         reader.replace_input_with(0, made)
+
+
+def per_token(graph: Any) -> int:
+    """Divide every token in front of a linear behind an activation or an attention by its largest magnitude.
+
+    The product is multiplied by it again. So one scale holds tokens of any size, as dynamic ranges per token do, with
+    operators that every engine has. Norms make their tokens alike by themselves. How many linears that were.
+    """
+    import onnx_ir as ir
+
+    changed = 0
+    for node in list(linears(graph)):
+        read = node.inputs[0]
+        made = None if read is None else read.producer()
+        if node.op_type != "MatMul" or made is None or made.op_type in (NORM, "Concat"):
+            continue
+        name = f"{node.name}.size"
+        axis, least = _initializer(graph, f"{name}.axis", np.array([-1], np.int64)), np.array([TINY], np.float32)
+        size = ir.node("Abs", [read], name=f"{name}.abs")
+        most = ir.node("ReduceMax", [size.outputs[0], axis], {"keepdims": 1}, name=f"{name}.max")  # (batch, tokens, 1)
+        some = ir.node("Max", [most.outputs[0], _initializer(graph, f"{name}.least", least)], name=f"{name}.some")
+        alike = ir.node("Div", [read, some.outputs[0]], name=f"{name}.alike")
+        again = ir.node("Mul", [node.outputs[0], some.outputs[0]], name=f"{name}.again")
+        for one in (size, most, some, alike, again):
+            one.outputs[0].name, one.outputs[0].dtype, one.outputs[0].type = f"{one.name}.0", read.dtype, read.type
+        alike.outputs[0].shape, again.outputs[0].shape = read.shape, node.outputs[0].shape
+        graph.insert_before(node, [size, most, some, alike])
+        ir.convenience.replace_all_uses_with(node.outputs[0], again.outputs[0])
+        again.replace_input_with(0, node.outputs[0])
+        graph.insert_after(node, again)
+        node.replace_input_with(0, alike.outputs[0])
+        changed += 1
+    return changed
 
 
 def _weight(node: Any) -> np.ndarray:

@@ -102,8 +102,8 @@ def _registers(model: nn.Module, seen: Photos, how: Int8) -> tuple[RegisterPlan 
     if current is not None and current.plan.form != "attention":
         raise TestregError(
             f"the registers are of the {current.plan.form} form: as tokens they carry the outlier through every "
-            f"linear, so that int8 gains nothing by them. Give the unpatched model, whose registers are found on the way, or "
-            f"find some that only attention sees: testreg.find(model, images, form='attention')."
+            f"linear, so that int8 gains nothing by them. Give the unpatched model, whose registers are found on the "
+            f"way, or find some that only attention sees: testreg.find(model, images, form='attention')."
         )
     if current is not None:
         return current.plan, f"Registers as they were: {current.plan}."
@@ -130,6 +130,7 @@ def _both(model: nn.Module, folder: Path, name: str, seen: Photos, how: Int8) ->
     if how.even:
         read = [value.name for value in graphs.inputs(made.graph)]
         graphs.even_out(made.graph, largest(real, read, seen.calibration()))
+        graphs.per_token(made.graph)
         graphs.tidy(made)
     ir.save(made, even)
     quantise(even, whole, seen.calibration, how)

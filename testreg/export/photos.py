@@ -49,7 +49,12 @@ class Photos:
     """
 
     def __init__(self, images: Any, model: nn.Module, *, processor: Any = None, held_out: Any = None, batch_size: int):
-        self.processor = chosen(processor, model, taken_by(model))
+        try:
+            self.processor = chosen(processor, model, taken_by(model))
+        except BadImages:
+            if processor is not None:
+                raise
+            self.processor = None  # tensors need none, and photos say that they need one
         self.model, self.batch_size = model, batch_size
         self.seen = Part(images, held=False) if held_out is None else images
         self.apart = Part(images, held=True) if held_out is None else held_out
@@ -69,7 +74,7 @@ class Photos:
                 f"there are {counts[0]} images to calibrate on and {counts[1]} to compare on; at least {FEWEST} of "
                 f"each are needed, and some 64 of each are better."
             )
-        self.counts = tuple(counts)
+        self.counts = counts
         self.example = first[:2] if len(first) > 1 else first.repeat(2, 1, 1, 1)
 
     def calibration(self) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from . import language
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .observe import observe, run
+from .scales import Scale, cost, scales
 from .scan import Kept
 from .survey import Running, Survey, spelled_out
 from .text_inspection import TextInspection
@@ -69,6 +70,7 @@ class Inspection:
         family: of the vision tower.
         native: how many registers it was trained with.
         attention: where its attention goes; None where it gives no maps.
+        scales: of each block the linear whose input is hardest to quantise with one scale.
     """
 
     blocks: tuple[BlockNorms, ...]
@@ -79,6 +81,7 @@ class Inspection:
     family: str
     native: int
     attention: Attending | None
+    scales: tuple[Scale, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -93,13 +96,13 @@ class Inspection:
                 apart = f"no group of patches lies above the {self.threshold} that was asked for"
             return (
                 f"No artefact: {apart} (the largest norm is "
-                f"{max(self.ratios):.1f} times the median of its image).{own} There is nothing to patch."
+                f"{max(self.ratios):.1f} times the median of its image).{own} There is nothing to patch.{cost(self.scales)}"
             )
         found = self.artefact
         return (
             f"The artefact is there: {found.share:.2%} of the patches, in {found.images:.0%} of the images, have up to "
             f"{self.ratios[found.shown]:.0f} times the median norm, from the output of block "
-            f"{found.block} on.{own} `testreg patch` puts registers in their place."
+            f"{found.block} on.{own}{cost(self.scales)} `testreg patch` puts registers in their place."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ class Inspection:
             "verdict": self.verdict,
             "artefact": None if self.artefact is None else self.artefact.to_dict(),
             "threshold": str(self.threshold),
+            "scales": [{**asdict(scale), "times": scale.times} for scale in self.scales],
             "blocks": [
                 {"block": block, **asdict(row), "ratio": ratio}
                 for block, (row, ratio) in enumerate(zip(self.blocks, self.ratios, strict=True))
@@ -163,6 +167,7 @@ def inspect(
             family=tower.family,
             native=_native(tower),
             attention=_attending(model, tower, counted.sample),
+            scales=scales(model, tower, counted.sample),
         )
 
     return survey.decide(decide, size=FEW)

@@ -22,6 +22,7 @@ from ..runtime.towers import Tower, find_tower
 from .choose import Search, Wanted
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
+from .scales import in_float
 from .scan import TRIED, Kept, Norms, Sample
 from .sizes import Sizes
 from .survey import Running, Survey, spelled_out
@@ -93,6 +94,7 @@ def find(
     tower = find_tower(model)
     if active(model):
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
+    in_float(tower)
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe, sizes)
     _check(wanted, tower)
     if tower.row.packed:

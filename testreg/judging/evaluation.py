@@ -184,7 +184,8 @@ def evaluate(
         "data": Path(data).name,
         "images": len(samples),
         "plan": None if plan is None else str(plan),
-        "quantised": None if scheme is None else {"scheme": str(scheme), "calibrated": len(calibrating)},
+        "quantised": None if scheme is None else str(scheme),
+        "calibrated": len(calibrating),
         "threshold": None,
     }
     if task.counts_outliers or any(arm.repair for arm in compared):
