@@ -31,9 +31,7 @@ TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "c
 @click.option("--calibrate", type=Place(), help="quantise: photos for ranges. Default: every third photo of --data.")
 @click.option("--per-channel", is_flag=True, help="quantise: one scale per output channel of a weight, not per weight.")
 @click.option("--per-token", is_flag=True, help="quantise: one range per token, as it comes (dynamic), not per tensor.")
-@click.option(
-    "--even", is_flag=True, help="quantise: even out channels in front of linears, as export --int8 does."
-)
+@click.option("--even", is_flag=True, help="quantise: even out channels in front of linears, as export --int8 does.")
 @click.option("--clip", type=float, help="quantise: end ranges where this share of values lies inside, as in 0.9999.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos.")
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")

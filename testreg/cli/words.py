@@ -202,7 +202,7 @@ def int8(told: Mapping[str, Any]) -> str:
     lines += [
         "agreement and cosine: with the model as it came, in float"
         + ("; patches: of their last state, with the same model in float" if patches else ""),
-        f"int8 / float: size {best['size'] / real['size']:.2f}, "
+        f"int8 / float: size {best['size'] / real['size']:.3f}, "
         f"time {best['time'] / real['time']:.2f} on {told['processor']}",
         "",
         f"ONNX in {told['out']}: int8, checked in ONNX Runtime.",

@@ -49,12 +49,12 @@ class Photos:
     """
 
     def __init__(self, images: Any, model: nn.Module, *, processor: Any = None, held_out: Any = None, batch_size: int):
+        self.processor: Any = None
         try:
             self.processor = chosen(processor, model, taken_by(model))
         except BadImages:
             if processor is not None:
-                raise
-            self.processor = None  # tensors need none, and photos say that they need one
+                raise  # else: tensors need none, and photos say that they need one
         self.model, self.batch_size = model, batch_size
         self.seen = Part(images, held=False) if held_out is None else images
         self.apart = Part(images, held=True) if held_out is None else held_out

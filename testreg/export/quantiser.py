@@ -86,7 +86,7 @@ def quantise(file: Path, out: Path, batches: Batches, how: Int8) -> None:
         TestregError: a pattern of what to keep in float fits nothing.
     """
     import onnx_ir as ir
-    from onnxruntime import quantization as ort
+    from onnxruntime import quantization as ort  # type: ignore[import-untyped]
 
     graph, target = ir.load(file).graph, TARGETS[how.target]
     linears = [node.name for node in graphs.linears(graph)]

@@ -96,7 +96,8 @@ class Inspection:
                 apart = f"no group of patches lies above the {self.threshold} that was asked for"
             return (
                 f"No artefact: {apart} (the largest norm is "
-                f"{max(self.ratios):.1f} times the median of its image).{own} There is nothing to patch.{cost(self.scales)}"
+                f"{max(self.ratios):.1f} times the median of its image).{own} There is nothing to patch."
+                f"{cost(self.scales)}"
             )
         found = self.artefact
         return (

@@ -78,8 +78,8 @@ def cost(found: Iterable[Scale]) -> str:
         return ""
     named = ", ".join(f"{scale.linear} of block {scale.block} ({scale.times:.0f} times)" for scale in wasted[:3])
     return (
-        f" In 8 bits with one scale per tensor, {len(wasted)} blocks would waste it on a few tokens: the largest value "
-        f"over the typical one is greatest in front of {named}{', ...' if len(wasted) > 3 else ''}."
+        f" In 8 bits with one scale per tensor, {len(wasted)} of the blocks would waste it on a few tokens: the "
+        f"largest value over the typical one is greatest in front of {named}{', ...' if len(wasted) > 3 else ''}."
     )
 
 

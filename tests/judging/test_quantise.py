@@ -115,8 +115,9 @@ def test_arms_in_few_bits_beside_those_in_float(planted):
         "dynamic tokens, w8a8",
     ]
     cosine = {name: table.of(name, "cosine").value for name in names}
-    assert cosine["patched, w8a8"] > 0.99 > cosine["unpatched, w8a8"]
-    assert cosine["patched, w8a8"] > cosine["constant tokens, w8a8"]
+    others = [cosine[name] for name in names if "w8a8" in name and name != "patched, w8a8"]
+    assert 0.998 < cosine["patched, w8a8"] < 1
+    assert cosine["patched, w8a8"] > max(others)
     assert table.provenance["quantised"] == "w8a8"
     assert (table.provenance["calibrated"], table.provenance["images"]) == (8, 16)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
@@ -151,4 +152,4 @@ def test_inspect_says_what_it_will_cost(planted):
     with testreg.patch(model, plan):
         after = testreg.inspect(model, folder)
     assert after.scales[block].times < worst.times / 3
-    assert "In 8 bits" not in after.verdict
+    assert f"fc2 of block {block}" not in after.verdict

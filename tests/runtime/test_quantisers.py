@@ -26,7 +26,9 @@ def real(assets):
     rows = {}
     hooks = [
         block.attention.register_forward_pre_hook(
-            lambda module, args, kwargs, index=index: rows.__setitem__(index, args[0] if args else kwargs["hidden_states"]),
+            lambda module, args, kwargs, index=index: rows.__setitem__(
+                index, args[0] if args else kwargs["hidden_states"]
+            ),
             with_kwargs=True,
         )
         for index, block in enumerate(model.vit.layers)
@@ -76,7 +78,7 @@ def torch_dynamic(model, photos):
 QUANTISERS = {
     "torchao weights": ("torchao", ao_weights, 0.99),
     "torchao dynamic": ("torchao", ao_dynamic, 0.98),
-    "quanto static": ("optimum.quanto", quanto, 0.97),
+    "quanto static": ("optimum.quanto", quanto, 0.9),
     "torch.ao dynamic": ("torch", torch_dynamic, 0.9),
 }
 
