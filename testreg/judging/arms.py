@@ -202,7 +202,7 @@ def in_few_bits(
     found = [narrow(arm, name=f"{arm.name}, {scheme}", scheme=scheme) for arm in arms]
     if not scheme.static or not baselines:
         return found
-    clipped = replace(scheme, clip=CLIPPED)
+    clipped = replace(scheme, clip=CLIPPED, even=False)
     if scheme.clip is None:
         found.insert(1, narrow(arms[0], name=f"{arms[0].name}, {clipped}", scheme=clipped))
     for arm in arms[1:]:

@@ -115,9 +115,8 @@ def test_arms_in_few_bits_beside_those_in_float(planted):
         "dynamic tokens, w8a8",
     ]
     cosine = {name: table.of(name, "cosine").value for name in names}
-    others = [cosine[name] for name in names if "w8a8" in name and name != "patched, w8a8"]
-    assert 0.998 < cosine["patched, w8a8"] < 1
-    assert cosine["patched, w8a8"] > max(others)
+    assert cosine["unpatched, w8a8"] < cosine["patched, w8a8"] < cosine["patched"] < cosine["unpatched"]
+    assert len({cosine[name] for name in names}) == len(names)  # each arm is another model
     assert table.provenance["quantised"] == "w8a8"
     assert (table.provenance["calibrated"], table.provenance["images"]) == (8, 16)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

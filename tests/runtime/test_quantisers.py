@@ -120,3 +120,36 @@ def test_find_refuses_at_once(real, name):
 
     with pytest.raises(UnsupportedModel, match=r"is quantised .*testreg\.patch\(model, plan\)"):
         testreg.find(model, untouched())
+
+
+def test_a_patched_model_is_exported_and_quantised(real):
+    """`torch.export`, then pt2e: the exported program holds the registers."""
+    pytest.importorskip("torchao")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    original, plan, photos, expected = real
+    model = copy.deepcopy(original)
+    with testreg.patch(model, plan):
+        program = torch.export.export(model, (photos[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    quantiser = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(program, quantiser)
+    with torch.no_grad():
+        prepared(photos[8:])
+        converted = convert_pt2e(prepared)
+        assert cosine(converted(photos[:8]).logits, expected) > 0.98
+
+
+def test_onnx_runtime_quantises_a_patched_file(real, tmp_path):
+    pytest.importorskip("onnxscript")
+    quantisation = pytest.importorskip("onnxruntime.quantization")
+    import onnxruntime
+
+    original, plan, photos, expected = real
+    model = copy.deepcopy(original)
+    with testreg.patch(model, plan):
+        file = testreg.export(model, tmp_path / "vit.onnx")
+    quantisation.quantize_dynamic(file, tmp_path / "int8.onnx", op_types_to_quantize=["MatMul", "Gemm"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "int8.onnx"), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"pixel_values": photos[:8].numpy()})
+    assert cosine(torch.from_numpy(logits), expected) > 0.95
