@@ -48,14 +48,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["simulated", "onnx", "all"], default="all")
     parser.add_argument("--plan", help="registers of vit-tiny-augreg, instead of those that are found")
+    parser.add_argument("--only", action="append", help="a row of the simulated table, as it is called; again")
     given = parser.parse_args()
     if given.what in ("simulated", "all"):
-        simulated(given.plan)
+        simulated(given.plan, given.only)
     if given.what in ("onnx", "all"):
         onnx(given.plan)
 
 
-def simulated(plan: str | None) -> None:
+def simulated(plan: str | None, only: list[str] | None) -> None:
     """`vit-tiny-augreg`, every linear with few bits, in every form."""
     model = AutoModelForImageClassification.from_pretrained(ASSETS / "checkpoints" / "vit-tiny-augreg").eval()
     calibration, scoring = photos()
@@ -71,6 +72,8 @@ def simulated(plan: str | None) -> None:
     print("| bits | " + " | ".join(arms) + " |")
     print("|---|" + "---|" * len(arms), flush=True)
     for scheme in SCHEMES:
+        if only and str(scheme or "float") not in only:
+            continue
         cells = []
         for arm in arms.values():
             patch = testreg.patch(model, arm) if arm else None

@@ -113,8 +113,10 @@ def test_what_is_done_to_a_graph_changes_nothing(tmp_path):
     made = program.model
     graphs.name_linears(made.graph)
     assert graphs.lift_rows(made.graph) == 3 * (3 - plan.entry)  # queries, keys and values
+    graphs.tidy(made)
     largest = {value.name: 1 + np.arange(value.shape[-1], dtype=np.float32) for value in graphs.inputs(made.graph)}
     assert graphs.even_out(made.graph, largest) == len(largest) > 8
+    assert graphs.per_token(made.graph) == 2 * 3  # behind attention and activation
     graphs.tidy(made)
     ir.save(made, tmp_path / "even.onnx")
     got = torch.from_numpy(run(tmp_path / "even.onnx", images(3))["last_hidden_state"])
