@@ -114,7 +114,7 @@ def export(
         told = {"out": str(out), "format": form, "dtype": "int8", **found.to_dict()}
         return print_json(told) if as_json else say(words.int8(told))
     from ..export.onnx import export_onnx
-    from ..finding.inspection import native
+    from ..finding.attending import native
 
     if not force and active(loaded) is None and not native(loaded):
         raise BadPlan(

@@ -15,7 +15,7 @@ from . import words
 from .console import wrapped, writable, writing
 from .group import Place, as_json, load_both, load_model, loading, main, preparing, print_json, say, span, with_plan
 
-TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
+TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "segment-text", "classify")
 
 
 @main.command(short_help="Measure a model without and with registers.")
@@ -36,6 +36,12 @@ TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "c
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos.")
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
 @click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
+@click.option(
+    "--attention",
+    type=click.Choice(["plain", "qk", "kk"]),
+    help="With segment-text: the last block as it is, its attention alone, or keys that attend to keys.",
+)
+@click.option("--template", multiple=True, help="With segment-text: as in 'a photo of a {}.'; may be given again.")
 @click.option("--sweep", is_flag=True, help="With discovery: also other blocks, features and biases, reported apart.")
 @click.option("--out", multiple=True, type=Place(path_type=Path), help="Write the table here, as .json or .csv.")
 @preparing
@@ -61,6 +67,7 @@ def evaluate(
     outliers, sinks, agreement   any photos
     discovery                    photos with COCO JSON or VOC XML boxes
     attention, probe             photos with masks of the same names in a folder masks
+    segment-text                 the same, and mask_classes.json; a model that reads text
     classify                     one folder of photos per class
 
     MODEL is a patched checkpoint, or any other with --plan. Intervals hold 95 % and come from the same photos.
@@ -78,7 +85,7 @@ def evaluate(
 
     for path in out:
         writable(path, TABLES)
-    settings = {name: given[name] for name in ("side", "sweep") if given[name]}
+    settings = {name: given[name] for name in ("side", "sweep", "attention", "template") if given[name]}
     if given["foreground"]:
         first, last = span(given["foreground"], "--foreground", "1-90")
         settings["foreground"] = range(first, last + 1)

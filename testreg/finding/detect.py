@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..metrics.outliers import BlockNorms
+from ..metrics.outliers import BlockNorms, locked
 from ..runtime.errors import BadPlan
 from ..runtime.offload import present
 from ..runtime.paths import reach
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower
+from .columns import columns
 from .observe import run
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
@@ -24,6 +25,7 @@ LEAST, MOST = 2.0, 8.0  # times the median norm: between these, the emptiest pla
 APART = 1.5  # times the median norm: below, a patch is an outlier by no threshold
 STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
+NEARLY_ALL = 0.9  # of the images, and of the outliers
 SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
 FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
 SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2", "ls2")
@@ -238,22 +240,15 @@ def rank(
         (candidate for candidate in candidates if candidate.score > (0 if by_activation else FAINT * best)),
         key=lambda candidate: (-candidate.score, candidate.block, candidate.neuron),
     )
-    counts = [int(found.threshold.outliers(image.norms[found.shown]).sum()) for image in images]
+    spoilt = [found.threshold.outliers(image.norms[found.shown]) for image in images]
+    counts = [int(row.sum()) for row in spoilt]
     per_image = sum(counts) / max(1, sum(count > 0 for count in counts))
     joined, in_attention = (
         {block: torch.cat(parts) for block, parts in kept.items() if parts} for kept in (states, given)
     )
-    return Ranking(tuple(chosen), joined, in_attention, per_image, locked(images, found))
-
-
-def locked(images: list[Kept], found: Artefact) -> tuple[int, ...]:
-    """Patches that are outliers in nine of ten images, if nine of ten outliers are there; else none."""
-    outliers = [found.threshold.outliers(image.norms[found.shown]) for image in images]
-    if len({len(row) for row in outliers}) != 1:
-        return ()
-    counts = torch.stack(outliers).sum(0)  # (patches,)
-    often = counts >= 0.9 * len(outliers)
-    return tuple(often.nonzero().flatten().tolist()) if counts[often].sum() >= 0.9 * counts.sum() else ()
+    share, often = locked(spoilt, NEARLY_ALL)
+    positions = often if share is not None and share >= NEARLY_ALL else ()
+    return Ranking(tuple(chosen), joined, in_attention, per_image, positions)
 
 
 class _Sums:
@@ -262,9 +257,11 @@ class _Sums:
     def __init__(self) -> None:
         self.outliers, self.ordinary, self.squares = 0, 0, torch.zeros(())
         self.at_outliers, self.at_ordinary = torch.zeros(()), torch.zeros(())
+        self.like = torch.zeros(0)
 
     def add(self, values: Tensor, outliers: Tensor) -> None:
         """Add values `(images, patches, any)` of patches, of which `outliers` `(images, patches)` are outliers."""
+        self.like = values.new_zeros(0)
         picked = values[outliers.to(values.device)].double().cpu()  # (outliers, any)
         self.outliers += len(picked)
         self.ordinary += outliers.numel() - len(picked)
@@ -288,8 +285,7 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
         scale = reach(tower.blocks[block], SCALES)  # what multiplies the MLP's output
         if isinstance(scale, Tensor):
             away = away * scale.detach().double().cpu()
-        down: Any = tower.downs[block]
-        weight = down.weight.detach().double().cpu()  # (channels, neurons)
+        weight = columns(tower.downs[block], tower.neurons[block], sums.like)  # (channels, neurons)
     contrast = outliers - ordinary
     scores = outliers if by_activation else contrast * (away @ weight)
     selective = contrast.square() > SELECTIVE**2 * (ordinary.square() + spread.square())

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime.errors import UnsupportedModel
 from ..runtime.towers import Tower
 from .linears import Linears, linears
 from .observe import run
@@ -81,22 +79,3 @@ def cost(found: Iterable[Scale]) -> str:
         f" In 8 bits with one scale per tensor, {len(wasted)} of the blocks would waste it on a few tokens: the "
         f"largest value over the typical one is greatest in front of {named}{', ...' if len(wasted) > 3 else ''}."
     )
-
-
-def in_float(tower: Tower) -> None:
-    """Whether the second linears have weights that can be read.
-
-    Raises:
-        UnsupportedModel: a quantiser packed them.
-    """
-    for down in tower.downs:
-        weight: Any = getattr(down, "weight", None)
-        packed = not isinstance(weight, Tensor) or not weight.is_floating_point()
-        own = type(weight).__module__.partition(".")[0] in ("torchao", "optimum", "bitsandbytes")
-        if packed or own or type(getattr(weight, "data", None)).__module__.startswith(("torchao", "optimum")):
-            raise UnsupportedModel(
-                f"{type(tower.module).__name__} is quantised ({type(down).__name__} with {type(weight).__name__} "
-                f"weights), and finding reads weights in float: find the plan on the float model, "
-                f"plan = testreg.find(model, images), and quantise after testreg.patch(model, plan); or patch the "
-                f"quantised model with that plan."
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         Name of the dtype -> hex digest.
     """
     blocks = find_tower(model).blocks
-    widest = max((weight.dtype for weight in blocks[0].state_dict().values() if weight.dtype in ROUNDINGS), key=_width)
+    widest = max((weight.dtype for _, weight in _weights(blocks[0]) if weight.dtype in ROUNDINGS), key=_width)
     digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[widest]}
     for index, block in enumerate(blocks):
         with present(block):
-            for key, weight in sorted(block.state_dict().items()):
+            for key, weight in _weights(block):
                 _update(digests, f"{index}.{key}", weight)
     return _named(digests)
 
@@ -71,7 +71,7 @@ def columns(tower: Tower, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, s
             weight = getattr(down, "weight", None)
             if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in ROUNDINGS or weight.ndim != 2:
                 return {}
-            if hasattr(weight, "device_mesh"):  # a shard of it is here
+            if type(weight.detach()) is not Tensor:  # quantised, or a shard of it
                 return {}
             weights[block] = weight.detach()[:, list(row)]  # (channels, neurons)
     if not weights:
@@ -91,6 +91,15 @@ def fits(plan: RegisterPlan, tower: Tower) -> bool:
     return not shared or any(recorded[dtype] == actual[dtype] for dtype in shared)  # type: ignore[index]
 
 
+def _weights(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a block by their names; of quantised ones the numbers that they stand for."""
+    for key, value in sorted(block.state_dict().items()):
+        for weight in value if isinstance(value, tuple) else (value,):
+            if isinstance(weight, Tensor):
+                plain = type(weight) is Tensor and not weight.is_quantized
+                yield key, weight if plain or hasattr(weight, "device_mesh") else weight.dequantize()
+
+
 def _update(digests: Mapping[torch.dtype, Any], key: str, weight: Tensor) -> None:
     weight = weight.detach().cpu()
     for dtype, digest in digests.items():
@@ -104,13 +113,19 @@ def _named(digests: Mapping[torch.dtype, Any]) -> dict[str, str]:
 
 
 def check_base(plan: RegisterPlan, model: nn.Module) -> None:
-    """Whether `plan` was found on the checkpoint that `model` holds; a plan that does not say so passes.
+    """Whether `plan` was found on the checkpoint that `model` holds; one that does not say so passes, unless it comes
+    from the hub.
 
     Raises:
-        BadPlan: it was found on other weights.
+        BadPlan: it was found on other weights, or a stranger's plan does not say on which.
     """
-    base = plan.provenance.get("base")
+    base, hub = plan.provenance.get("base"), plan.provenance.get("hub")
     if not isinstance(base, dict) or not isinstance(recorded := base.get("fingerprint"), dict):
+        if isinstance(hub, dict):
+            raise BadPlan(
+                f"the plan of {hub.get('name')} does not say on which weights it was found, so nothing vouches for it: "
+                f"take it only if you know whose it is, with RegisterPlan.load(..., force=True) (--force)."
+            )
         return
     actual = fingerprint(model)
     if not any(recorded.get(dtype) == digest for dtype, digest in actual.items()):

@@ -15,13 +15,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import BadPlan
+from .hub import on_hub, sharing
 from .law import MOST_REGISTERS, Law
+from .values import by_block, index, indices, resting
 
 FORMAT = "testreg-plan"
 VERSION = 2
 READABLE = (1, 2)  # 1 knows neither the attention form nor a law
 FORMS = ("dynamic", "constant", "attention")
-LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,11 @@ class RegisterPlan:
             raise BadPlan(
                 f"neurons must map blocks to neurons, as in {{7: (417,)}}, not be a {type(self.neurons).__name__}."
             )
-        neurons = {_index(block, "a block"): _indices(row, block) for block, row in self.neurons.items()}
+        neurons = {index(block, "a block"): indices(row, block) for block, row in self.neurons.items()}
         object.__setattr__(self, "neurons", dict(sorted((block, row) for block, row in neurons.items() if row)))
         if self.rest is not None:
-            object.__setattr__(self, "rest", _rest(self.rest, self.neurons))
-        registers, entry = _index(self.registers, "registers"), _index(self.entry, "entry")
+            object.__setattr__(self, "rest", resting(self.rest, self.neurons))
+        registers, entry = index(self.registers, "registers"), index(self.entry, "entry")
         if registers > MOST_REGISTERS:
             raise BadPlan(f"registers is {registers}; at most {MOST_REGISTERS} make sense, and usually 1 to 8.")
         object.__setattr__(self, "registers", registers)
@@ -117,7 +118,7 @@ class RegisterPlan:
         where = "joining with the embeddings" if self.entry == 0 else f"joining before block {self.entry}"
         if self.form == "attention":
             where = f"from block {self.entry} on"
-        sizes = f" ({self.law})" if self.law and self.law.slope else ""
+        sizes = f" ({self.law})" if self.law and not self.law.constant else ""
         return (
             f"{self.registers} {self.form} register{'s' * (self.registers != 1)} {where}{sizes}; "
             f"{len(self.pairs)} register neuron{'s' * (len(self.pairs) != 1)} (block, neuron): {neurons or 'none'}"
@@ -135,8 +136,12 @@ class RegisterPlan:
         file.write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
 
     @classmethod
-    def of(cls, given: Any) -> RegisterPlan:
-        """A plan that was given as itself, as the path of its file, or as what `to_dict` gives of a dynamic one.
+    def of(cls, given: Any, model: Any = None) -> RegisterPlan:
+        """A plan that was given as itself, as the path of its file, as a name on the hub, or as what `to_dict` gives of
+        a dynamic one.
+
+        Args:
+            model: for which, of several on the hub.
 
         Raises:
             BadPlan: it is nothing of the kind, or `load` or `from_dict` refuses it.
@@ -144,7 +149,7 @@ class RegisterPlan:
         if isinstance(given, cls):
             return given
         if isinstance(given, (str, os.PathLike)):
-            return cls.load(os.fspath(given))
+            return cls.load(given, model=model if on_hub(given) else None)
         if isinstance(given, Mapping) and "neurons" in given:
             if given.get("form") in FORMS and given["form"] != "dynamic":
                 raise BadPlan(
@@ -164,12 +169,24 @@ class RegisterPlan:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> RegisterPlan:
-        """Read a file that `save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, model: Any = None, **hub: Any) -> RegisterPlan:
+        """Read a file that `save` wrote, or a plan that `push_to_hub` shared.
+
+        Args:
+            path: a file, a checkpoint with registers, or a repository of the hub: `"owner/name"`, with a revision
+                `"owner/name@v1"`, of several plans one `"owner/name:file.safetensors"`.
+            model: what the plan is for. Of several plans in a repository the one that was found on its weights is
+                taken, and a plan that was found on others refused.
+            hub: `filename`, `subfolder`, `revision`, `token`, `cache_dir` and whatever else `hf_hub_download` takes;
+                `force=True` takes a plan for any model. Without it, `patch` checks once more that a plan from the hub
+                was found on the weights that it is put on.
 
         Raises:
-            BadPlan: the file is missing, damaged, of an unknown version, or holds values out of range.
+            BadPlan: the plan is missing, damaged, of an unknown version, for other weights, or holds values out of
+                range.
         """
+        if hub or model is not None or Path(path).is_dir() or on_hub(path):
+            return sharing().load(path, model, **hub)
         try:
             with safe_open(Path(path).expanduser(), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -185,6 +202,23 @@ class RegisterPlan:
                 f"{path} cannot be read as a register plan: {error}. `testreg find --out` writes one."
             ) from error
         return cls.from_dict(values, state)
+
+    def push_to_hub(self, name: str, **settings: Any) -> str:
+        """Share the plan: the file, a card with the model, the numbers and a picture of norms, and a line in the list
+        of the repository's plans, by which `load(name, model=model)` finds it.
+
+        Args:
+            name: a repository of the hub, `"owner/name"`, of one plan or of many; made where it is not there.
+            settings: `filename`, by default after the model; `private`, `revision`, `token`; `force=True` replaces a
+                plan of other weights.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            BadPlan: the repository cannot be written, or has another model's plan of that name.
+        """
+        return sharing().push(self, name, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the state's numbers stay in their tensor."""
@@ -221,11 +255,11 @@ class RegisterPlan:
         if state is not None and not state.is_floating_point():
             raise BadPlan(f"the register state is of {state.dtype}; a floating-point tensor is needed.")
         return cls(
-            _by_block(values.get("neurons"), "neurons"),
+            by_block(values.get("neurons"), "neurons"),
             registers=values.get("registers", 1),
             entry=values.get("entry", 0),
             state=state,
-            rest=None if values.get("rest") is None else _by_block(values["rest"], "rest"),
+            rest=None if values.get("rest") is None else by_block(values["rest"], "rest"),
             provenance=provenance,
             form=form,
             law=None if values.get("law") is None else Law.from_dict(values["law"]),
@@ -251,38 +285,3 @@ def _state(state: Any, registers: int) -> Tensor:
     if not state.isfinite().all():
         raise BadPlan("state holds NaN or infinity; the images or the weights that it was measured on are broken.")
     return state.clone()
-
-
-def _by_block(values: Any, name: str) -> dict[int, Any]:
-    """JSON's text keys as block indices."""
-    if not isinstance(values, dict) or not all(str(key).isdecimal() and len(key) < 10 for key in values):
-        raise BadPlan(f"the plan's {name} must be a JSON object with blocks as keys, not {values!r:.100}.")
-    if not all(isinstance(row, list) for row in values.values()):
-        raise BadPlan(f"the plan's {name} must hold one list per block, not {values!r:.100}.")
-    return {int(block): row for block, row in values.items()}
-
-
-def _rest(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[float, ...]]:
-    rows = rest if isinstance(rest, Mapping) and all(isinstance(row, (list, tuple)) for row in rest.values()) else {}
-    if {block: len(row) for block, row in rows.items()} != {block: len(row) for block, row in neurons.items()}:
-        raise BadPlan(f"rest must hold one number per register neuron, {dict(neurons)}, not {rest!r:.200}.")
-    for value in (value for row in rows.values() for value in row):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-            raise BadPlan(f"rest holds {value!r:.50}, which is no finite number.")
-    return {block: tuple(map(float, rows[block])) for block in neurons}
-
-
-def _index(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < 2**63:
-        huge = isinstance(value, int) and value.bit_length() > 64
-        raise BadPlan(f"{name} must be a whole number from 0, not {'one of many digits' if huge else repr(value)}.")
-    return value.__index__()
-
-
-def _indices(row: Any, block: Any) -> tuple[int, ...]:
-    if isinstance(row, (str, bytes)) or not hasattr(row, "__iter__"):
-        raise BadPlan(f"the neurons of block {block} must be a sequence of whole numbers, not {row!r}.")
-    indices = sorted(_index(value, f"a neuron of block {block}") for value in row)
-    if len(set(indices)) != len(indices):
-        raise BadPlan(f"block {block} names a neuron twice: {indices}.")
-    return tuple(indices)

@@ -11,6 +11,7 @@ from . import families
 from .errors import UnsupportedModel
 from .families import REFUSED, Family
 from .guess import NAME, class_tokens, unknown, width
+from .outside import add as add_brought
 from .paths import each, reach
 
 NATIVE = ("register_token", "storage_token", "reg_token")  # in the names of native registers
@@ -71,14 +72,9 @@ def find_tower(model: nn.Module) -> Tower:
             "nn.DataParallel copies a model to other devices at every call, its patch not among the copies: use "
             "DistributedDataParallel, or patch model.module on one device."
         )
-    towers: list[Tower] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
-            continue  # inside a tower that is already found
-        for name, family in families.FAMILIES.items():
-            if belongs(module, family):
-                towers.append(resolve(path, module, name, family))
-                break
+    towers = _towers(model)
+    if not towers and add_brought(families.FAMILIES, Family):
+        towers = _towers(model)
     if not towers:
         known = ", ".join(families.FAMILIES)
         raise UnsupportedModel(
@@ -92,6 +88,18 @@ def find_tower(model: nn.Module) -> Tower:
     return towers[0]
 
 
+def _towers(model: nn.Module) -> list[Tower]:
+    towers: list[Tower] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
+            continue  # inside a tower that is already found
+        for name, family in families.FAMILIES.items():
+            if belongs(module, family):
+                towers.append(resolve(path, module, name, family))
+                break
+    return towers
+
+
 def belongs(module: nn.Module, family: Family) -> bool:
     """Whether a module is the tower of a family, by its class, or one of its bases, and its blocks."""
     packages = each(family.package)
@@ -103,13 +111,13 @@ def belongs(module: nn.Module, family: Family) -> bool:
 
 def blocks_of(module: nn.Module, family: Family) -> tuple[nn.Module, ...]:
     """The blocks of a tower one by one, where they may come in chunks: lists that count those before them by modules
-    that do nothing.
+    that do nothing. Of compiled ones the blocks inside.
     """
     blocks: list[nn.Module] = []
     for block in reach(module, family.blocks) or ():
         chunk = isinstance(block, nn.ModuleList) and reach(block, family.attention) is None
         blocks += [part for part in block if not isinstance(part, nn.Identity)] if chunk else [block]
-    return tuple(blocks)
+    return tuple(getattr(block, "_orig_mod", block) for block in blocks)
 
 
 def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
@@ -128,7 +136,7 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     blocks = blocks_of(module, family)
     if not blocks:
         raise UnsupportedModel(f"{type(module).__name__} has no blocks, so there is nothing to patch.")
-    downs, attentions = [], []
+    downs, attentions, sizes, channels = [], [], [], 0
     for index, block in enumerate(blocks):
         about = f"its block {index} ({type(block).__name__})"
         down, attention = reach(block, family.down), reach(block, family.attention)
@@ -137,13 +145,16 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
         if type(block).forward is nn.Module.forward:
             raise differs(f"{about} is a list that is never called, so nothing can join before it or leave after it")
         stream = width(block, attention)
-        if not hasattr(down, "in_features") or stream not in (None, down.out_features):
-            given = f"{getattr(down, 'out_features', 'no')} channels where its residual stream has {stream}"
+        neurons, written = _sizes(down, stream)
+        if neurons is None or stream not in (None, written):
+            given = f"{written or 'no'} channels where its residual stream has {stream}"
             raise differs(f"{about} has {given} after {' or '.join(each(family.down))}, so that is no second linear")
         table = getattr(attention, "relative_position_bias_table", None)
         if isinstance(table, Tensor) and not family.bias:
             raise differs("its attention keeps a position table of fixed size")
         downs.append(down)
+        sizes.append(neurons)
+        channels = channels or written
         attentions.append(attention)
     first = getattr(attentions[0], "batch_first", None)
     seed = reach(module, family.seed) if family.seed else None
@@ -157,10 +168,22 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
         attentions=tuple(attentions),
         seed=None if isinstance(seed, nn.Identity) else seed,
         prefix=_prefix(module, family, differs),
-        channels=int(downs[0].out_features),
-        neurons=tuple(int(down.in_features) for down in downs),
+        channels=channels,
+        neurons=tuple(sizes),
         sequence_first=family.sequence_first if first is None else not first,
     )
+
+
+def _sizes(down: nn.Module, stream: int | None) -> tuple[int | None, int]:
+    """How many neurons a second linear reads, None where it is none, and how many channels it writes.
+
+    An adapter that says neither has the linear inside that it adapts.
+    """
+    linears: list[Any] = [part for part in down.modules() if hasattr(part, "in_features")]
+    if not hasattr(down, "in_features"):
+        linears = [part for part in linears if stream in (None, part.out_features)]
+    sizes = ((int(part.in_features), int(part.out_features)) for part in linears)
+    return next(sizes, (None, 0)) if hasattr(down, "in_features") else max(sizes, default=(None, 0))
 
 
 def _prefix(module: nn.Module, family: Family, differs: Any) -> int:
