@@ -14,6 +14,7 @@ from .runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutlie
 
 if TYPE_CHECKING:
     from .checkpoints.saving import save
+    from .export.forms import export
     from .finding.inspection import inspect
     from .finding.search import find
     from .runtime.families import FAMILIES, Family
@@ -35,6 +36,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "active",
+    "export",
     "find",
     "inspect",
     "load",
@@ -49,6 +51,7 @@ if not TYPE_CHECKING:  # or checkers would take any name
             **dict.fromkeys(("FAMILIES", "Family", "Patch", "RegisterPlan", "active", "load", "patch"), "runtime"),
             **dict.fromkeys(("find", "inspect"), "finding"),
             "save": "checkpoints",
+            "export": "export",
         },
     )
 

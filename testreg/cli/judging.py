@@ -27,6 +27,12 @@ TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "s
 @click.option(
     "--baselines/--no-baselines", default=True, help="Judge the baselines of the protocol too.", show_default=True
 )
+@click.option("--quantise", help="Judge it in few bits too, simulated: w8a8, w6a6, w4a8, w4a4, w4a16, fp8 and so on.")
+@click.option("--calibrate", type=Place(), help="quantise: photos for ranges. Default: every third photo of --data.")
+@click.option("--per-channel", is_flag=True, help="quantise: one scale per output channel of a weight, not per weight.")
+@click.option("--per-token", is_flag=True, help="quantise: one range per token, as it comes (dynamic), not per tensor.")
+@click.option("--even", is_flag=True, help="quantise: even out channels in front of linears, as export --int8 does.")
+@click.option("--clip", type=float, help="quantise: end ranges where this share of values lies inside, as in 0.9999.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos.")
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
 @click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
@@ -48,6 +54,8 @@ def evaluate(
     plan_file: str | None,
     against: tuple[str, ...],
     baselines: bool,
+    quantise: str | None,
+    calibrate: str | None,
     limit: int | None,
     out: tuple[Path, ...],
     as_json: bool,
@@ -66,11 +74,13 @@ def evaluate(
 
     \b
     testreg evaluate vit-clean --data photos/ --task discovery --out table.csv
+    testreg evaluate vit-clean --data photos/ --task agreement --quantise w8a8
     """
     from .. import inspect as look
     from ..images.labels import photos as photos_of
     from ..judging.evaluation import TABLES
     from ..judging.evaluation import evaluate as judge
+    from ..judging.quantise import Scheme
     from ..runtime.installer import active
 
     for path in out:
@@ -79,6 +89,10 @@ def evaluate(
     if given["foreground"]:
         first, last = span(given["foreground"], "--foreground", "1-90")
         settings["foreground"] = range(first, last + 1)
+    finer = {name: given[name] for name in ("per_channel", "per_token", "clip", "even") if given[name]}
+    if quantise is None and (finer or calibrate):
+        raise click.UsageError(f"--{min(finer, default='calibrate').replace('_', '-')} goes with --quantise.")
+    scheme = None if quantise is None else Scheme.parse(quantise, **finer)
     loaded, plan = load_both(model, plan_file, {**given, "images": data})
     table = judge(
         loaded,
@@ -87,6 +101,8 @@ def evaluate(
         plan=plan,
         against={name: _other(name, given) for name in against},
         baselines=baselines,
+        quantise=scheme,
+        calibration=calibrate,
         limit=limit,
         progress=sys.stderr.isatty(),
     )

@@ -200,6 +200,32 @@ def stock(told: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"Saved to {out}. It loads without testreg:", "", f"    {load[told['library']]}"])
 
 
+def int8(told: Mapping[str, Any]) -> str:
+    """What `export --int8` wrote, beside the same model in float, without and with registers."""
+    sides, patches = told["sides"], any(side["patches"] is not None for side in told["sides"])
+    lines = [
+        told["about"],
+        "",
+        f"Held out   {told['images']} photos; ranges are from {told['calibrated']} others",
+        f"{'':<18}  agreement   cosine  {'patches  ' * patches}outliers      size  ms a photo",
+    ]
+    for side in sides:
+        cells = f"{side['name']:<18}  {side['agreement']:>9.1%}  {side['cosine']:>7.4f}  "
+        if patches:
+            cells += f"{side['patches']:>7.4f}  "
+        lines.append(f"{cells}{side['outliers']:>8.2%}  {side['size'] / 2**20:>4.1f} MiB  {1000 * side['time']:>10.1f}")
+    real, best = sides[-2:]
+    lines += [
+        "agreement and cosine: with the model as it came, in float"
+        + ("; patches: of their last state, with the same model in float" if patches else ""),
+        f"int8 / float: size {best['size'] / real['size']:.3f}, "
+        f"time {best['time'] / real['time']:.2f} on {told['processor']}",
+        "",
+        f"ONNX in {told['out']}: int8, checked in ONNX Runtime.",
+    ]
+    return "\n".join(lines)
+
+
 def attention(found: Mapping[str, Any] | None) -> str:
     """Where a vision tower's attention goes: the `attention` of an `Inspection.to_dict()`."""
     if not found:

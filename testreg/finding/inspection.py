@@ -14,6 +14,7 @@ from .attending import Attending, attending, native
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .nature import Nature, nature
+from .scales import Scale, cost, scales
 from .survey import Running, Survey, spelled_out
 from .text_inspection import TextInspection
 from .trial import Threshold
@@ -39,6 +40,7 @@ class Inspection:
         native: how many registers it was trained with.
         attention: where its attention goes; None where it gives no maps.
         nature: what kind of artefact it is; None where there is none.
+        scales: of each block the linear whose input is hardest to quantise with one scale.
     """
 
     blocks: tuple[BlockNorms, ...]
@@ -50,6 +52,7 @@ class Inspection:
     native: int
     attention: Attending | None
     nature: Nature | None = None
+    scales: tuple[Scale, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -65,12 +68,13 @@ class Inspection:
             return (
                 f"No artefact: {apart} (the largest norm is "
                 f"{max(self.ratios):.1f} times the median of its image).{own} There is nothing to patch."
+                f"{cost(self.scales)}"
             )
         found = self.artefact
         return (
             f"The artefact is there: {found.share:.2%} of the patches, in {found.images:.0%} of the images, have up to "
             f"{self.ratios[found.shown]:.0f} times the median norm, from the output of block "
-            f"{found.block} on.{own} `testreg patch` puts registers in their place."
+            f"{found.block} on.{own}{cost(self.scales)} `testreg patch` puts registers in their place."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class Inspection:
             "artefact": None if self.artefact is None else self.artefact.to_dict(),
             "nature": None if self.nature is None else self.nature.to_dict(),
             "threshold": str(self.threshold),
+            "scales": [{**asdict(scale), "times": scale.times} for scale in self.scales],
             "blocks": [
                 {"block": block, **asdict(row), "ratio": ratio}
                 for block, (row, ratio) in enumerate(zip(self.blocks, self.ratios, strict=True))
@@ -138,6 +143,7 @@ def inspect(
             native=native(tower),
             attention=attention,
             nature=None if found is None else nature(model, tower, kept, found, attention),
+            scales=scales(model, tower, kept[:FEW]),
         )
 
     return survey.decide(decide, size=KEPT)

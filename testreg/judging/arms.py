@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..finding.as_tokens import as_tokens
+from ..finding.detect import threshold_of
 from ..finding.observe import NOTHING, observe, run
 from ..finding.places import in_place
 from ..finding.trial import Threshold
@@ -22,6 +24,7 @@ from ..metrics.outliers import interpolate
 from ..runtime.installer import check, patch
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower, find_tower
+from .quantise import Scheme, quantised
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 USUAL = Threshold(4.0)  # from which norm on a patch is an outlier, where no plan says
@@ -35,6 +38,7 @@ class Arm:
         plan: the registers it has; None = as it comes, patched or not.
         repair: replace patches that are outliers by this threshold by their neighbours' mean, in what is read from the
             model. None = leave them.
+        scheme: compute in few bits, calibrated on the photos `calibration`, at their size `side` (see `inputs`).
     """
 
     name: str
@@ -42,6 +46,9 @@ class Arm:
     processor: Any
     plan: RegisterPlan | None = None
     repair: Threshold | None = None
+    scheme: Scheme | None = None
+    calibration: Sequence[Any] = ()
+    side: int | None = None
 
     @property
     def tower(self) -> Tower:
@@ -50,11 +57,13 @@ class Arm:
     @contextmanager
     def on(self) -> Iterator[None]:
         """The model in this state, inside a `with`; as it was afterwards."""
-        if self.plan is None:
+        with ExitStack() as stack:
+            if self.plan is not None:
+                stack.enter_context(patch(self.model, self.plan))
+            if self.scheme is not None:
+                calibration = (self.inputs(path, self.side) for path in self.calibration)
+                stack.enter_context(quantised(self.model, self.scheme, calibration))
             yield
-        else:
-            with patch(self.model, self.plan):
-                yield
 
     def inputs(self, path: Any, side: int | None = None, *, square: bool = False) -> Mapping[str, Tensor]:
         """One photo as model inputs.
@@ -172,6 +181,40 @@ def arms(
             ]
     for name, other in (against or {}).items():
         found.append(Arm(name, other, processors.chosen(None, other, taken_by(other))))
+    return found
+
+
+CLIPPED = 0.9999  # of an image's values: the usual remedy against outliers
+
+
+def in_few_bits(
+    arms: Sequence[Arm], scheme: Scheme, photos: Sequence[Any], side: int | None, *, baselines: bool = True
+) -> list[Arm]:
+    """Arms of one model once more, quantised; and, as baselines of static ranges, what else could be done.
+
+    These are the unpatched model with clipped ranges; and the same register neurons with registers that are tokens,
+    which hold the outliers' mean state, or get the neurons' maxima.
+
+    Args:
+        arms: the first without, the others with registers, or without.
+        photos, side: what ranges are calibrated on, and at which size.
+    """
+    narrow = partial(replace, calibration=photos, side=side)
+    found = [narrow(arm, name=f"{arm.name}, {scheme}", scheme=scheme) for arm in arms]
+    if not scheme.static or not baselines:
+        return found
+    clipped = replace(scheme, clip=CLIPPED, even=False)
+    if scheme.clip is None:
+        found.insert(1, narrow(arms[0], name=f"{arms[0].name}, {clipped}", scheme=clipped))
+    for arm in arms[1:]:
+        plan, tower = arm.plan, arm.tower
+        if plan is None or plan.form != "attention" or not plan.neurons or tower.row.packed:
+            continue
+        forms = {"dynamic tokens": RegisterPlan(plan.neurons, registers=plan.registers)}
+        if threshold_of(plan):
+            inputs = (arm.inputs(path, side) for path in photos)
+            forms = {"constant tokens": as_tokens(arm.model, plan, inputs), **forms}
+        found += [narrow(arm, name=f"{name}, {scheme}", scheme=scheme, plan=form) for name, form in forms.items()]
     return found
 
 

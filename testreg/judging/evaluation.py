@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from ..finding.detect import threshold_of
 from ..finding.trial import Threshold
-from ..images.labels import Sample
+from ..images.labels import Sample, photos
 from ..metrics import bootstrap
 from ..runtime.errors import BadImages, TestregError
 from ..runtime.installer import active
 from ..runtime.plan import RegisterPlan
-from .arms import PATCHED, UNPATCHED, USUAL, arms
+from .arms import PATCHED, UNPATCHED, USUAL, arms, in_few_bits
+from .quantise import Scheme
 from .tasks import TASKS, Measure, Task
 
 TABLES = (".csv", ".json")  # how the names of tables end
@@ -95,7 +96,7 @@ class Table:
 
     def __str__(self) -> str:
         """All but the details of every block."""
-        lines = []
+        lines, width = [], max([30, *(len(row.arm) for row in self.rows)])
         for kind, title in (("fixed", ""), ("floor", "floors"), ("sweep", "sweep: chosen on the test photos")):
             rows = [row for row in self.rows if row.kind == kind]
             if not rows:
@@ -103,7 +104,7 @@ class Table:
             lines += ["", title] if title else []
             for metric in dict.fromkeys(row.metric for row in rows):
                 lines.append(metric)
-                lines += [f"  {_line(row)}" for row in rows if row.metric == metric]
+                lines += [f"  {_line(row, width)}" for row in rows if row.metric == metric]
         return "\n".join(lines)
 
 
@@ -115,6 +116,8 @@ def evaluate(
     plan: RegisterPlan | str | Path | None = None,
     against: Mapping[str, nn.Module] | None = None,
     baselines: bool = True,
+    quantise: str | Scheme | None = None,
+    calibration: str | Path | None = None,
     limit: int | None = None,
     processor: Any = None,
     progress: bool = False,
@@ -130,6 +133,11 @@ def evaluate(
         against: other models by name, as they come.
         baselines: also judge an inert zero token, the neurons zeroed without a register, random neurons instead, and
             the outliers interpolated.
+        quantise: judge the model with all its linears in few bits too, simulated: "w8a8", "w4a8", "fp8" and so on, or a
+            `testreg.judging.quantise.Scheme`. Of the baselines come those against outliers: ranges clipped at a
+            percentile, registers of the other forms.
+        calibration: a folder of photos that static ranges are from; by default every third photo of `data`, which then
+            is not judged on.
         limit: use only so many photos, the first in the order of names.
         progress: draw bars on the standard error.
 
@@ -145,10 +153,16 @@ def evaluate(
     samples = task.samples(data)[:limit]
     if not samples:
         raise BadImages(f"there is no photo in {data}, or the limit of {limit} leaves none.")
+    scheme = Scheme.parse(quantise) if isinstance(quantise, str) else quantise
+    samples, calibrating = _apart(samples, scheme, calibration)
     threshold, whose = _threshold(task, plan)
     if task.counts_outliers:
         task = replace(task, threshold=threshold)
-    compared = arms(model, plan, processor=processor, against=against, baselines=baselines, threshold=threshold)
+    others = baselines and scheme is None
+    compared = arms(model, plan, processor=processor, against=against, baselines=others, threshold=threshold)
+    if scheme is not None:
+        own = [arm for arm in compared if arm.model is model]
+        compared += in_few_bits(own, scheme, calibrating, task.side, baselines=baselines)
     if not task.repairable:
         compared = [arm for arm in compared if not arm.repair]
     rows: list[Row] = []
@@ -170,11 +184,34 @@ def evaluate(
         "data": Path(data).name,
         "images": len(samples),
         "plan": None if plan is None else str(plan),
+        "quantised": None if scheme is None else str(scheme),
+        "calibrated": len(calibrating),
         "threshold": None,
     }
     if task.counts_outliers or any(arm.repair for arm in compared):
         provenance["threshold"] = {"outlier": str(threshold), "from": whose}
     return Table(tuple(rows), provenance)
+
+
+FEWEST = 4  # photos to calibrate on
+
+
+def _apart(samples: list[Sample], scheme: Scheme | None, calibration: Any) -> tuple[list[Sample], list[Any]]:
+    """Photos to judge on, and others to calibrate on."""
+    if scheme is None:
+        if calibration is not None:
+            raise TestregError("calibration is for quantise: give both (--quantise w8a8), or none.")
+        return samples, []
+    if calibration is not None:
+        found = [sample.path for sample in photos(calibration)]
+    else:
+        found = [sample.path for sample in samples[::3]]
+        samples = [sample for index, sample in enumerate(samples) if index % 3]
+    if len(found) < FEWEST or not samples:
+        raise BadImages(
+            f"{len(found)} photos are too few to calibrate on: at least {FEWEST} are needed, 32 are better."
+        )
+    return samples, found
 
 
 def _have(*modules: str) -> None:
@@ -226,7 +263,7 @@ def _row(task: Task, arm: str, name: str, measure: Measure, reference: Measure |
     )
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, width: int) -> str:
     digits = 1 if row.unit == "%" else 3
     unit = f" {row.unit}" if row.unit else ""
 
@@ -236,7 +273,7 @@ def _line(row: Row) -> str:
     def plain(value: float, form: str = "") -> str:
         return f"{round(value, digits) + 0.0:{form}.{digits}f}"  # no -0.0
 
-    line = f"{row.arm:<30} {plain(row.value, '8')}{unit}{interval(row.low, row.high)}"
+    line = f"{row.arm:<{width}} {plain(row.value, '8')}{unit}{interval(row.low, row.high)}"
     if row.difference is not None and row.difference_low is not None and row.difference_high is not None:
         line += f"   {plain(row.difference, '+')}{interval(row.difference_low, row.difference_high)}"
     return line

@@ -38,13 +38,15 @@ __all__ = [
 def lazily(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """The `__getattr__` of a package whose `names` come from the modules beside them, imported when first asked for.
 
-    Torch and transformers take seconds to import, which `import testreg` and `testreg --help` must not.
+    Torch and transformers take seconds to import, which `import testreg` and `testreg --help` must not. A name that is
+    the module's own stands for the module.
     """
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f".{names[name]}", package), name)
+        found = import_module(f".{names[name]}", package)
+        return found if names[name] == name else getattr(found, name)
 
     return find
 

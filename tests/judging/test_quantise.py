@@ -1,0 +1,154 @@
+"""Simulated quantisation: values that a few bits can hold, arms of an evaluation, what inspect says of its cost."""
+
+import pytest
+import torch
+import transformers as hf
+from commands import noise
+from torch import nn
+
+import testreg
+from testreg import BadImages, TestregError
+from testreg.demo.planted import plant
+from testreg.finding.linears import ALPHA, Linears, evening, linears
+from testreg.judging.evaluation import evaluate
+from testreg.judging.quantise import FP8, Scheme, activation_of, quantised, weight_of
+
+SHAPE = {
+    "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96,
+    "image_size": 96, "patch_size": 8,
+}  # fmt: skip
+
+
+def test_a_weight_has_as_many_values_as_its_bits():
+    weight = torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 4, 8):
+        whole, rows = (weight_of(weight, Scheme(bits, 16, per_channel=each)) for each in (False, True))
+        end = 2 ** (bits - 1) - 1
+        assert len(whole.unique()) <= 2 * end + 1
+        torch.testing.assert_close(whole, (weight / (weight.abs().max() / end)).round() * weight.abs().max() / end)
+        largest = weight.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(rows, (weight / (largest / end)).round() * largest / end)
+    assert weight_of(weight, Scheme(16, 8)) is weight
+    turned = weight_of(weight.T, Scheme(8, 16, per_channel=True), axis=1)
+    torch.testing.assert_close(turned, weight_of(weight, Scheme(8, 16, per_channel=True)).T)
+
+
+def test_an_activation_keeps_zero_and_its_ends():
+    tokens = torch.tensor([[0.0, -1.0, 3.0], [0.0, 0.1, 0.2]])
+    whole = activation_of(tokens, Scheme(8, 8), tokens.amin(), tokens.amax())
+    scale = 4 / 255
+    torch.testing.assert_close(whole, (tokens / scale).round() * scale, atol=scale / 2 + 1e-6, rtol=0)
+    assert (whole[:, 0] == 0).all()
+    rows = activation_of(tokens, Scheme(8, 8, per_token=True), tokens.amin(1), tokens.amax(1))
+    assert (rows - tokens)[1].abs().max() < 0.2 / 255 < (whole - tokens)[1].abs().max()
+
+
+@pytest.mark.skipif(FP8 is None, reason="this torch has no float8")
+def test_float8_is_torchs_own():
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    scale = weight.abs().max() / 448
+    expected = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+    torch.testing.assert_close(weight_of(weight, Scheme.parse("fp8")), expected)
+
+
+def test_evening_is_the_papers_equation():
+    largest, weights = torch.tensor([16.0, 0.0]), torch.tensor([4.0, 1.0])
+    expected = torch.tensor([16**ALPHA / 4 ** (1 - ALPHA), 1e-5**ALPHA])
+    torch.testing.assert_close(evening(largest, weights), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("int8", "no way to quantise"), ("w9a8", "have 9 bits"), ("w1a8", "have 1 bits")]
+)
+def test_schemes_that_are_none(text, says):
+    with pytest.raises(TestregError, match=says):
+        Scheme.parse(text)
+    with pytest.raises(TestregError, match="clip is 3"):
+        Scheme(8, 8, clip=3)
+    with pytest.raises(TestregError, match="leave out clip"):
+        Scheme(8, 8, clip=0.999, even=True)
+
+
+def test_every_linear_is_met_with_what_it_multiplies():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 8), attention)
+
+    class Met(Linears):
+        def meet(self, name, tokens, weight):
+            seen[name] = (None if tokens is None else tuple(tokens.shape), tuple(weight.shape))
+            return tokens, weight
+
+    seen = {}
+    tokens = torch.randn(2, 3, 8)
+    with Met(model):
+        attention(model[0](tokens), tokens, tokens)
+    assert set(seen) == {name for name, _, _ in linears(model)}
+    assert seen["0"] == ((2, 3, 8), (8, 8))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    torch.manual_seed(0)
+    model = hf.ViTForImageClassification(hf.ViTConfig(**SHAPE, num_labels=5)).eval()
+    plant(model, decoys=False)
+    model.image_processor = hf.ViTImageProcessor(size={"height": 96, "width": 96})
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(24):
+        noise(index).save(folder / f"{index:02d}.png")
+    plan = testreg.find(model, folder, form="attention", sizes=())
+    return model, plan, folder
+
+
+def test_arms_in_few_bits_beside_those_in_float(planted):
+    model, plan, folder = planted
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    table = evaluate(model, folder, "agreement", plan=plan, quantise="w8a8")
+    names = list(dict.fromkeys(row.arm for row in table))
+    assert names == [
+        "unpatched",
+        "patched",
+        "unpatched, w8a8",
+        "unpatched, w8a8, clipped at 99.99 %",
+        "patched, w8a8",
+        "constant tokens, w8a8",
+        "dynamic tokens, w8a8",
+    ]
+    cosine = {name: table.of(name, "cosine").value for name in names}
+    assert cosine["unpatched, w8a8"] < cosine["patched, w8a8"] < cosine["patched"] < cosine["unpatched"]
+    assert len({cosine[name] for name in names}) == len(names)  # each arm is another model
+    assert table.provenance["quantised"] == "w8a8"
+    assert (table.provenance["calibrated"], table.provenance["images"]) == (8, 16)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    few = evaluate(model, folder, "outliers", plan=plan, quantise=Scheme(4, 4, per_token=True), calibration=folder)
+    assert {row.arm for row in few if row.kind == "fixed"} == {
+        "unpatched", "patched", "unpatched, w4a4 per token", "patched, w4a4 per token",
+    }  # fmt: skip
+    assert few.provenance["images"] == 24
+
+
+def test_too_few_photos_to_calibrate_on(planted):
+    with pytest.raises(BadImages, match="too few to calibrate"):
+        evaluate(planted[0], planted[2], "agreement", plan=planted[1], quantise="w8a8", limit=6)
+    with pytest.raises(TestregError, match="is for quantise"):
+        evaluate(planted[0], planted[2], "agreement", plan=planted[1], calibration=planted[2])
+
+
+def test_linears_of_a_class_of_their_own():
+    with pytest.raises(TestregError, match="no linear of Identity"):
+        quantised(nn.Identity(), Scheme(8, 8), [{}], ask=lambda model, batch: None)
+
+
+def test_inspect_says_what_it_will_cost(planted):
+    model, plan, folder = planted
+    seen = testreg.inspect(model, folder)
+    worst = max(seen.scales, key=lambda scale: scale.times)
+    block = min(plan.neurons)
+    assert (worst.block, worst.linear.split(".")[-1]) == (block, "fc2")
+    assert f"fc2 of block {block} ({worst.times:.0f} times)" in seen.verdict
+    assert seen.to_dict()["scales"][block]["largest"] == worst.largest
+    assert [scale.block for scale in seen.scales] == [0, 1, 2, 3]
+    with testreg.patch(model, plan):
+        after = testreg.inspect(model, folder)
+    assert after.scales[block].times < worst.times / 3
+    assert f"fc2 of block {block}" not in after.verdict
