@@ -15,7 +15,6 @@ from transformers import BeitConfig, BeitModel, ViTConfig, ViTModel
 
 import testreg
 from testreg import RegisterPlan
-from testreg.runtime.errors import TestregError
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"image_size": 32, "patch_size": 8}
@@ -119,10 +118,7 @@ def test_hooks_of_accelerate_come_and_go(form: str, expected: Tensor) -> None:
     testreg.patch(model, plan(form))
     same(last(model), expected)
     hooks.remove_hook_from_submodules(model)  # gives blocks the forwards back that they had before the patch
-    try:
-        same(last(model), expected)
-    except TestregError as error:
-        assert "block" in str(error)
+    same(last(model), expected)
 
 
 def test_a_block_that_got_its_own_forward_back_does_not_pass_for_patched(form: str, expected: Tensor) -> None:
