@@ -155,7 +155,7 @@ class Search:
         done = 0
         for _ in range(ROUNDS):
             clean: list[tuple[int, Score]] = []
-            for count in _sizes(len(self.candidates)):
+            for count in sizes(len(self.candidates)):
                 if count <= done:
                     continue
                 score = self._try("how many neurons", self.plan(count, registers, entry)).score
@@ -270,7 +270,7 @@ def kinds(states: Tensor, count: int, registers: int) -> Tensor:
     return rows.repeat_interleave(shares, dim=0)[:registers]
 
 
-def _sizes(most: int) -> Iterator[int]:
+def sizes(most: int) -> Iterator[int]:
     """1, 2, ... 8, then about a quarter more each, up to `most`."""
     size = 1
     while size < most:

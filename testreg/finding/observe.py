@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.decoders import find_decoder
 from ..runtime.errors import UnsupportedModel
 from ..runtime.families import Tower, find_tower
 from ..runtime.installer import Patch, active, patch
@@ -75,6 +76,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
         inputs: what the image processor gives, on any device and in any float type.
         whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
     """
+    if "input_ids" in inputs:
+        return read_text(model, find_decoder(model), inputs["input_ids"])
     tower = find_tower(model)
     module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
     weight = next(module.parameters())
@@ -200,3 +203,10 @@ def eager(module: Any) -> Iterator[None]:
 @contextmanager
 def _unchanged() -> Iterator[None]:
     yield
+
+
+def read_text(model: Any, tower: Tower, ids: Tensor) -> None:
+    """One pass of a language model, without its head and without gradients, over ids `(sequences, tokens)`."""
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        tower.module(input_ids=ids.to("cpu" if device.type == "meta" else device), use_cache=False)

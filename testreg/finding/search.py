@@ -109,7 +109,7 @@ def find(
         if not force:
             _refuse_harm(plan, score, guard.before)
         provenance = {
-            "base": describe(model),
+            "base": describe(model, plan.neurons),
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
             "resolution": _resolution(next(iter(sample)).inputs["pixel_values"]),

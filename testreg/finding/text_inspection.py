@@ -60,6 +60,12 @@ class TextInspection:
         return max(*self.rates, self.elsewhere) >= COMMON
 
     @property
+    def first(self) -> float:
+        """Attention that the first token gets from the mean query, mean over the blocks that attend by softmax."""
+        received = [block.received for block in self.blocks if block.received is not None]
+        return sum(received) / max(1, len(received))
+
+    @property
     def verdict(self) -> str:
         """What was found, and what can be done."""
         most = max(range(len(self.rates)), key=self.rates.__getitem__)

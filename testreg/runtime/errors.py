@@ -27,8 +27,20 @@ class BadImages(TestregError):
     """There are no, too few, or only unreadable calibration images."""
 
 
+class BadText(TestregError):
+    """There is no, too little, or only unreadable text, or its tokens are not the model's."""
+
+
 class RegistersLeftOut(UserWarning):
     """A patched model is being written without its registers."""
+
+
+class RegistersStretched(UserWarning):
+    """An image is far larger, or smaller, than those that its number of registers was measured at."""
+
+
+class AnotherModel(UserWarning):
+    """A plan acts on other weights than those that it was found on."""
 
 
 class ImagesSkipped(UserWarning):

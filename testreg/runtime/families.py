@@ -31,10 +31,11 @@ class Family:
         prefix_from: attribute of the tower that holds how many more there are (native registers), if any.
         seed: the norm between embeddings and first block, which a register that joins with the embeddings passes too.
         masks: the attention's arguments that are masks or biases over its tokens.
-        padded: the first of them marks patches that are padding.
+        padded: the first of them marks patches that are padding, which the family has.
         rope: the attention's argument that holds rotary tables, if any.
         positions: the attention's argument that holds the tokens' positions, 0 to tokens - 1 where it is not given.
         bias: the module of a block, or of its attention, that makes a position bias for the tokens it is told of.
+        shared_bias: the module of the tower that makes one for all blocks.
         package: top-level package of the tower class.
     """
 
@@ -50,6 +51,7 @@ class Family:
     rope: str | None = None
     positions: str | None = None
     bias: str | tuple[str, ...] = ()
+    shared_bias: str | tuple[str, ...] = ()
     package: str = "transformers"
 
 
@@ -59,6 +61,7 @@ SWIGLU = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out")
 BIASED: dict[str, Any] = {
     "masks": ("attention_mask", "relative_position_bias"),
     "bias": ("relative_position_bias", "attention.attention.relative_position_bias"),
+    "shared_bias": ("shared_position_bias", "encoder.relative_position_bias"),
 }
 TIMM: dict[str, Any] = {
     "attention": "attn",
@@ -211,7 +214,7 @@ def find_tower(model: nn.Module) -> Tower:
             continue  # inside a tower that is already found
         for name, family in FAMILIES.items():
             if _belongs(module, family):
-                towers.append(_resolve(path, module, name, family))
+                towers.append(resolve(path, module, name, family))
                 break
     if not towers:
         raise UnsupportedModel(_refused(model) or _unknown(model))
@@ -225,13 +228,21 @@ def find_tower(model: nn.Module) -> Tower:
 
 def reach(module: nn.Module, paths: str | tuple[str, ...]) -> Any:
     """The attribute at a dotted path, or at the first of several that is there; None where there is none."""
-    for path in each(paths):
-        found: Any = module
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if found is not None:
-            return found
-    return None
+    path = path_to(module, paths)
+    return None if path is None else walk(module, path)
+
+
+def path_to(module: nn.Module, paths: str | tuple[str, ...]) -> tuple[str, ...] | None:
+    """The dotted path, or the first of several, at which there is something, in its parts; None where there is none."""
+    parts = (tuple(path.split(".")) for path in each(paths))
+    return next((path for path in parts if walk(module, path) is not None), None)
+
+
+def walk(module: Any, path: tuple[str, ...]) -> Any:
+    """The attribute at a path in its parts; None where there is none."""
+    for name in path:
+        module = getattr(module, name, None)
+    return module
 
 
 def each(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -246,7 +257,7 @@ def _belongs(module: nn.Module, family: Family) -> bool:
     )
 
 
-def _resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
+def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     blocks = tuple(reach(module, family.blocks))
     if not blocks:
         raise UnsupportedModel(f"{type(module).__name__} has no blocks, so there is nothing to patch.")

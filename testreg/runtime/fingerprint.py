@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .decoders import matrix, tower_of
 from .errors import BadPlan
-from .families import find_tower
+from .families import Tower, find_tower
 from .offload import present
 from .plan import RegisterPlan
 
@@ -22,9 +24,19 @@ ROUNDINGS = {
 }
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What a plan's provenance says of the model that it was found on, plain JSON values: name, class, fingerprint."""
-    return {"model": name(model), "class": type(model).__name__, "fingerprint": fingerprint(model)}
+def describe(model: nn.Module, neurons: Mapping[int, tuple[int, ...]], tower: Tower | None = None) -> dict[str, Any]:
+    """What a plan's provenance says of the model that it was found on, plain JSON values: name, class, fingerprints.
+
+    Args:
+        tower: what the plan is for; by default the model's vision tower.
+    """
+    tower = tower or find_tower(model)
+    return {
+        "model": name(model),
+        "class": type(model).__name__,
+        "fingerprint": fingerprint(tower),
+        "columns": columns(tower, neurons),
+    }
 
 
 def name(model: nn.Module) -> str:
@@ -33,7 +45,7 @@ def name(model: nn.Module) -> str:
     return Path(given).resolve().name if Path(given).is_dir() else given
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def fingerprint(tower: Tower) -> dict[str, str]:
     """SHA-256 of the weights of the tower's blocks, once per precision that they can be rounded to.
 
     The blocks are what a bare tower, a model with a head and a backbone have in common, and rounding makes a plan that
@@ -42,17 +54,56 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     Returns:
         Name of the dtype -> hex digest.
     """
-    blocks = find_tower(model).blocks
+    blocks = tower.blocks
     widest = max((weight.dtype for weight in blocks[0].state_dict().values() if weight.dtype in ROUNDINGS), key=_width)
     digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[widest]}
     for index, block in enumerate(blocks):
         with present(block):
             for key, weight in sorted(block.state_dict().items()):
-                weight = weight.detach().cpu()
-                for dtype, digest in digests.items():
-                    rounded = weight.to(dtype) if weight.is_floating_point() else weight
-                    digest.update(f"{index}.{key}{tuple(rounded.shape)}".encode())
-                    digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
+                _update(digests, f"{index}.{key}", weight)
+    return _named(digests)
+
+
+def columns(tower: Tower, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, str]:
+    """As `fingerprint`, of what `neurons` write alone: their columns of the second linears. It costs next to nothing.
+
+    Returns:
+        Name of the dtype -> hex digest; nothing where a second linear has no plain weight.
+    """
+    weights: dict[int, Tensor] = {}
+    for block, row in neurons.items():
+        down: Any = tower.downs[block]
+        with present(down):
+            weight = getattr(down, "weight", None)
+            if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in ROUNDINGS or weight.ndim != 2:
+                return {}
+            weights[block] = matrix(down).detach()[:, list(row)]  # (channels, neurons)
+    if not weights:
+        return {}
+    digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[max((w.dtype for w in weights.values()), key=_width)]}
+    for block, weight in weights.items():
+        _update(digests, str(block), weight)
+    return _named(digests)
+
+
+def fits(plan: RegisterPlan, tower: Tower) -> bool:
+    """Whether `plan` was found on the weights of `tower`, by what its neurons write; also where it does not say so."""
+    base = plan.provenance.get("base")
+    recorded = base.get("columns") if isinstance(base, Mapping) else None
+    actual = columns(tower, plan.neurons) if isinstance(recorded, Mapping) and recorded else {}
+    shared = [dtype for dtype in actual if dtype in recorded]  # type: ignore[operator]
+    return not shared or any(recorded[dtype] == actual[dtype] for dtype in shared)  # type: ignore[index]
+
+
+def _update(digests: Mapping[torch.dtype, Any], key: str, weight: Tensor) -> None:
+    weight = weight.detach().cpu()
+    for dtype, digest in digests.items():
+        rounded = weight.to(dtype) if weight.is_floating_point() else weight
+        digest.update(f"{key}{tuple(rounded.shape)}".encode())
+        digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _named(digests: Mapping[torch.dtype, Any]) -> dict[str, str]:
     return {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in digests.items()}
 
 
@@ -65,7 +116,7 @@ def check_base(plan: RegisterPlan, model: nn.Module) -> None:
     base = plan.provenance.get("base")
     if not isinstance(base, dict) or not isinstance(recorded := base.get("fingerprint"), dict):
         return
-    actual = fingerprint(model)
+    actual = fingerprint(tower_of(model, plan))
     if not any(recorded.get(dtype) == digest for dtype, digest in actual.items()):
         raise BadPlan(
             f"the plan was found on {base.get('model') or 'a model'!r} ({', '.join(sorted(map(str, recorded)))}), but "

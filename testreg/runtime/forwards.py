@@ -1,217 +1,236 @@
 """What blocks, attentions and second linears do while registers are on.
 
-Each block is called with `[registers | tokens]` and hands back only its tokens, so that nothing outside the blocks
-ever counts a token more. The buffer that still holds the registers rides on the tensor that was handed back (a plain
-attribute of it), so the state belongs to the call, not to the model: threads can share a model, a block recomputed
-under gradient checkpointing finds what it saw the first time, and where the next block receives the very tensor,
-nothing is copied.
+Two ways, by the plan's form. *Attention*: each attention gets constant rows in front of its tokens and gives back the
+tokens' alone; nothing else sees them. *Tokens* (constant and dynamic): registers travel from block to block, as
+`carrier` says, and attention's other arguments grow by them.
+
+A block marks its pass: what acts inside knows that it is there, and the block knows afterwards that it acted.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import redirect
-from .errors import TestregError
-from .families import Tower
-from .plan import RegisterPlan
+from .errors import TestregError, UnsupportedModel
+from .relay import Placed, Relay, Start
 
-BUFFER = "_testreg_buffer"  # on a tensor: [registers | tokens], where the tensor is its tokens
-
-
-@dataclass
-class Record:
-    """What an active patch does with the registers; filled by the forward passes inside `Patch.recording()`.
-
-    Attributes:
-        registers: block index -> its registers after that block `(batch, registers, channels)`.
-        attentions: block index -> attention `(batch, heads, registers + tokens, registers + tokens)`, for attention
-            implementations that return it (`model.set_attn_implementation("eager")`).
-    """
-
-    registers: dict[int, Tensor] = field(default_factory=dict)
-    attentions: dict[int, Tensor] = field(default_factory=dict)
-
-
-class Relay:
-    """What the modules of one patch hand on to each other.
-
-    Attributes:
-        tower: whose modules they are.
-        plan: the registers.
-        record: to fill, while somebody wants one.
-        waiting: thread -> the block it left last, and what that gave.
-        real: thread -> which tokens are not padding, from the attention to the MLP.
-    """
-
-    def __init__(self, tower: Tower, plan: RegisterPlan):
-        self.tower, self.plan = tower, plan
-        self.record: Record | None = None
-        self.waiting: dict[int, tuple[int, Tensor]] = {}
-        self.real: dict[int, Tensor] = {}
+ATTENTION, NEURONS = 1, 2  # what acts inside a block
+SQUARE = "attn_mask"  # torch's own name of a mask, whose two dimensions are queries and keys
 
 
 class Forward:
-    """What a module does instead of its `original` forward, until `off`: whoever wrapped it meanwhile calls on."""
+    """What a module does instead of its own forward, until `off`: whoever wrapped it meanwhile calls on.
 
-    def __init__(self, relay: Relay, original: Any):
-        self.relay, self.original, self.off = relay, original, False
-        self.registers = relay.plan.registers
+    Attributes:
+        before: the forward that the module had on the instance, None where its class's was used.
+        path: where in its block the module is, in parts; None where that does not matter.
+    """
+
+    path: tuple[str, ...] | None = None
+
+    def __init__(self, relay: Relay, index: int, module: nn.Module):
+        self.relay, self.index, self.module, self.off = relay, index, module, False
+        self.before = module.__dict__.get("forward")
+        self.names = names(module)
+        self._bind()
 
     forward: Callable[..., Any]
 
+    def _bind(self) -> None:
+        self.original = self.before or MethodType(type(self.module).forward, self.module)
+
+    def take_off(self) -> None:
+        """Give the module back the forward that it had, on the instance or from its class."""
+        if self.module.__dict__.get("forward") != self.forward:  # somebody wrapped it since: step aside
+            self.off = True
+        elif self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "original"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bind()  # a pickled method would be looked up on the module, and found to be this object's
+
 
 class Block(Forward):
-    def __init__(self, relay: Relay, index: int, block: nn.Module):
-        super().__init__(relay, block.forward)
-        self.index, self.last = index, index == len(relay.tower.blocks) - 1
-        self.first = _names(block)[0]
-        state = relay.plan.state
-        self.start = _Placed(torch.zeros(relay.plan.registers, relay.tower.channels) if state is None else state)
+    """Marks the pass of a block whose tokens are all its own.
+
+    Args:
+        acts: what has to act inside.
+    """
+
+    def __init__(self, relay: Relay, index: int, module: nn.Module, acts: int):
+        super().__init__(relay, index, module)
+        self.acts = acts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.off:
-            return self.original(*args, **kwargs)
-        tokens, args = (args[0], args[1:]) if args else (kwargs.pop(self.first), args)  # (batch, tokens, channels)
-        output = self.original(self._joined(tokens), *args, **kwargs)
-        full = output[0] if isinstance(output, tuple) else output  # (batch, registers + tokens, channels)
-        tokens = full[:, self.registers :]
-        if self.last:
-            tokens = tokens.contiguous()  # what follows the blocks may call .view
-            self.relay.waiting.pop(_thread(), None)
-        else:
-            setattr(tokens, BUFFER, full)
-            self.relay.waiting[_thread()] = (self.index, full)
-        if self.relay.record is not None:
-            self.relay.record.registers[self.index] = full[:, : self.registers]
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+        return self.original(*args, **kwargs) if self.off else self._marked(0, *args, **kwargs)
 
-    def _joined(self, tokens: Tensor) -> Tensor:
-        if self.index == self.relay.plan.entry:
-            return redirect.join(self._started(tokens), tokens)
-        buffer = getattr(tokens, BUFFER, None)
-        if buffer is not None:
-            return buffer
-        # Something between the blocks made a new tensor: a hook that steers, a move to another device.
-        index, buffer = self.relay.waiting.get(_thread(), (None, None))
-        if buffer is None or index != self.index - 1 or buffer.shape[0] != tokens.shape[0]:
+    def _marked(self, registers: Any, *args: Any, **kwargs: Any) -> Any:
+        here = self.relay.here
+        here.block, here.registers, here.acted, here.real, here.passed = self.index, registers, 0, None, True
+        try:
+            output = self.original(*args, **kwargs)
+        finally:
+            here.block = None
+        if here.acted & self.acts != self.acts:
+            missing = "second linear" if here.acted & ATTENTION or not self.acts & ATTENTION else "attention"
             raise TestregError(
-                f"block {self.index} was called without its registers: they join before block {self.relay.plan.entry} "
-                f"and travel from block to block. Run the whole model, or remove the patch to call a block alone."
+                f"block {self.index} ({type(self.module).__name__}) ran without calling its {missing} as a module, so "
+                f"the registers could not act: a fused kernel reads its weights, or it was exchanged while a compiled "
+                f"model ran. Switch the fusion off, or patch again: testreg.active(model).remove(), testreg.patch(...)."
             )
-        return redirect.join(buffer[:, : self.registers], tokens)
-
-    def _started(self, tokens: Tensor) -> Tensor:
-        start = self.start.like(tokens)[None]  # (1, registers, channels)
-        if self.index == 0 and self.relay.plan.state is None and self.relay.tower.seed is not None:
-            return self.relay.tower.seed.forward(start)  # not called as a module: nobody's hooks should count it
-        return start
+        return output
 
 
 class Attention(Forward):
-    """Masks and rotary tables grow by the registers on the way in, attention maps lose them on the way out.
+    """Masks and rotary tables grow by the registers in front on the way in, attention maps lose them on the way out.
 
     Here rather than at the block, since a block may add position biases of its own to the mask that it is given.
     """
 
-    def __init__(self, relay: Relay, index: int, attention: nn.Module):
-        super().__init__(relay, attention.forward)
+    def __init__(self, relay: Relay, index: int, module: nn.Module):
+        super().__init__(relay, index, module)
         row, plan = relay.tower.row, relay.plan
-        self.index, self.names = index, _names(attention)
         self.masks, self.rope, self.positions = row.masks, row.rope, row.positions
         self.growing = {*row.masks, row.rope}
-        self.padded = row.padded and plan.state is None and index in plan.neurons
+        self.padded = plan.form == "dynamic" and index in plan.neurons
+        self.inverted = isinstance(module, nn.MultiheadAttention)  # its masks of booleans say who may not attend
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.off:
+        here = self.relay.here
+        if self.off or here.block is None:  # alone, it has its own tokens
             return self.original(*args, **kwargs)
+        here.acted |= ATTENTION
+        return self._grown(here.registers, args, kwargs)
+
+    def _grown(self, registers: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original's output for tokens that have registers in front, which its other arguments do not know of."""
         if len(args) > 1 or self.positions or not self.growing.isdisjoint(kwargs):
-            args, kwargs = self._grown(*args, **kwargs)
+            args, kwargs = self._told(registers, *args, **kwargs)
         output = self.original(*args, **kwargs)
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
             return output
         if self.relay.record is not None:
             self.relay.record.attentions[self.index] = output[1]
-        return (output[0], output[1][..., self.registers :, self.registers :], *output[2:])
+        return (output[0], output[1][..., registers:, registers:], *output[2:])
 
-    def _grown(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        registers, given = self.registers, {**dict(zip(self.names, args, strict=False)), **kwargs}
+    def _told(self, registers: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         first = given.pop(self.names[0])
         tokens = first.shape[1] - registers
         for name in self.masks:
-            if isinstance(given.get(name), Tensor):
-                given[name] = redirect.grow(given[name], registers, tokens)
+            mask = given.get(name)
+            if isinstance(mask, Tensor):
+                if self.inverted and mask.dtype == torch.bool:
+                    mask = redirect.additive(~mask, first.dtype)
+                given[name] = redirect.grow(mask, registers, tokens, square=name == SQUARE, bias=self.relay.here.bias)
+            elif mask is not None:
+                given[name] = redirect.grow_blocks(mask, registers, tokens)
         if self.rope and given.get(self.rope) is not None:
             given[self.rope] = redirect.unturned(given[self.rope], registers)
         if self.positions:
             given[self.positions] = redirect.positions(given.get(self.positions), registers, first)
-        if self.padded and isinstance(given.get(self.masks[0]), Tensor):
-            self.relay.real[_thread()] = redirect.real(given[self.masks[0]])
+        if self.padded and self.masks and isinstance(given.get(self.masks[0]), Tensor):
+            self.relay.here.real = redirect.real(given[self.masks[0]], square=self.masks[0] == SQUARE)
         return (first,), given
+
+
+class Rows(Attention):
+    """An attention that gets constant rows in front of its tokens, and gives back the tokens' rows alone."""
+
+    def __init__(self, relay: Relay, index: int, module: nn.Module):
+        super().__init__(relay, index, module)
+        self.start = Start(relay, index - relay.plan.entry)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.original(*args, **kwargs)
+        self.relay.here.acted |= ATTENTION
+        first = args[0] if args else kwargs[self.names[0]]  # (batch, tokens, channels)
+        if first.ndim != 3:
+            raise UnsupportedModel(
+                f"the attention of block {self.index} ({type(self.module).__name__}) is given {first.ndim} dimensions, "
+                f"not (batch, tokens, channels), so that no row can be put in front of its tokens: take another form."
+            )
+        rows = self.start.like(first, self.relay.count(first.shape[1]))
+        registers, joined = rows.shape[1], redirect.join(rows, first)
+        self.relay.here.registers = registers  # for a position bias that is made inside
+        # Where queries, keys and values come one by one, they are the same tensor, as attention to oneself has it.
+        args = tuple(joined if value is first else value for value in args)
+        kwargs = {name: joined if value is first else value for name, value in kwargs.items()}
+        output = self._grown(registers, args, kwargs)
+        self.relay.here.registers = 0
+        full, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        if self.relay.record is not None:
+            self.relay.record.registers[self.index] = full[:, :registers]
+        tokens = full[:, registers:]  # (batch, tokens, channels)
+        return tokens if rest is None else (tokens, *rest)
 
 
 class Bias(Forward):
     """A position bias that counts the tokens without registers; the attention that calls it needs it grown."""
 
-    def __init__(self, relay: Relay, original: Any, *, inside: bool):
-        super().__init__(relay, original)
+    def __init__(self, relay: Relay, index: int, module: nn.Module, *, inside: bool):
+        super().__init__(relay, index, module)
         self.inside = inside
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
+        registers = self.relay.here.registers
         if kwargs.get("dim_size") is not None:
-            kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - self.registers}
-        bias = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
-        return redirect.grow(bias, self.registers, bias.shape[-1]) if self.inside else bias
+            kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - registers}
+        bias: Tensor = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
+        if not self.inside:
+            self.relay.here.bias = bias
+            return bias
+        return redirect.grow(bias, registers, bias.shape[-1])
 
 
-class Neurons:
-    """Pre-hook of the MLP's second linear."""
+class Neurons(Forward):
+    """A second linear whose register neurons rest: on all tokens, or on all but the registers among them."""
 
-    def __init__(self, relay: Relay, index: int, registers: int, down: nn.Module):
-        plan, device = relay.plan, _device(down)
-        self.relay, self.registers, self.fill = relay, registers, plan.state is None
+    def __init__(self, relay: Relay, index: int, module: nn.Module):
+        super().__init__(relay, index, module)
+        plan, device = relay.plan, _device(module)
         neurons = plan.neurons[index]
-        self.neurons = _Placed(torch.tensor(neurons, device=device))
-        self.rest = _Placed(torch.tensor(plan.rest[index] if plan.rest else [0.0] * len(neurons), device=device))
+        self.carried = plan.form != "attention" and plan.registers > 0 and index >= plan.entry
+        self.fill = plan.form == "dynamic"
+        self.neurons = Placed(torch.tensor(neurons, device=device))
+        self.rest = Placed(torch.tensor(plan.rest[index] if plan.rest else [0.0] * len(neurons), device=device))
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        neurons, rest = self.neurons.on(args[0].device), self.rest.like(args[0])
-        real = self.relay.real.pop(_thread(), None) if self.relay.real else None
-        return (redirect.move(args[0], neurons, self.registers, rest, fill=self.fill, real=real), *args[1:])
-
-
-class _Placed:
-    """A constant that follows the model to its device and dtype, so that no forward pass copies it from the host."""
-
-    def __init__(self, value: Tensor):
-        self.value = self.placed = value
-
-    def on(self, device: torch.device) -> Tensor:
-        return self._place(device, self.value.dtype)
-
-    def like(self, other: Tensor) -> Tensor:
-        return self._place(other.device, other.dtype)
-
-    def _place(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        placed = self.placed
-        if placed.device == device and placed.dtype == dtype:
-            return placed
-        placed = self.value.to(device, dtype)
-        if not torch.compiler.is_compiling():  # a tensor made while tracing belongs to the trace
-            self.placed = placed
-        return placed
+    def forward(self, activation: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.original(activation, *args, **kwargs)
+        here = self.relay.here
+        here.acted |= NEURONS
+        neurons, rest = self.neurons.on(activation.device), self.rest.like(activation)
+        if not self.carried:
+            return self.original(redirect.rest(activation, neurons, rest), *args, **kwargs)
+        if here.block != self.index:
+            raise TestregError(
+                f"the second linear of block {self.index} was called without its block, so which of its tokens are "
+                f"registers cannot be told: the block's forward was restored or passed by, or a traced copy of the "
+                f"model shares this module. Patch the model again, or trace it while it is patched; registers that "
+                f"only attention sees (form='attention') need no block."
+            )
+        moved = redirect.move(activation, neurons, here.registers, rest, fill=self.fill, real=here.real)
+        return self.original(moved, *args, **kwargs)
 
 
-def _names(module: nn.Module) -> list[str]:
+def names(module: nn.Module) -> list[str]:
     """The arguments of its class's `forward`: the instance's own may be somebody's wrapper, which hides them."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -219,8 +238,3 @@ def _names(module: nn.Module) -> list[str]:
 def _device(module: nn.Module) -> torch.device:
     weight = getattr(module, "weight", None)
     return weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else torch.device("cpu")
-
-
-def _thread() -> int:
-    # A tracer cannot follow the thread's number and needs none: what it stores it takes away before the pass ends.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

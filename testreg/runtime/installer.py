@@ -1,20 +1,25 @@
-"""The hook installer: registers that travel beside the sequence, put on a model and taken off without a trace."""
+"""The hook installer: registers put on a model, and taken off without a trace."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from .errors import BadPlan
-from .families import Tower, find_tower, reach
-from .forwards import Attention, Bias, Block, Forward, Neurons, Record, Relay
-from .guard import Guard
-from .plan import RegisterPlan
-
-PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
+from .carrier import Carrier
+from .errors import AnotherModel, BadPlan, TestregError
+from .decoders import found_again, tower_of
+from .families import Tower, path_to, reach, walk
+from .fingerprint import fits
+from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, Rows
+from .guard import PATCHES, Guard, acting
+from .plan import BEFORE, RegisterPlan
+from .prefix import Later, Prefixed, measure, rotary, tables
+from .relay import Record, Relay
 
 
 def patch(model: nn.Module, found: RegisterPlan) -> Patch:
@@ -31,28 +36,59 @@ def patch(model: nn.Module, found: RegisterPlan) -> Patch:
     Raises:
         UnsupportedModel: no family describes the model.
         BadPlan: the plan does not fit the model.
+
+    Warns:
+        AnotherModel: the plan was found on other weights.
     """
+    if not isinstance(found, RegisterPlan):
+        raise BadPlan(
+            f"a RegisterPlan is needed, not a {type(found).__name__}: testreg.RegisterPlan.load(FILE) reads one."
+        )
     return Patch(model, found)
 
 
 def active(model: nn.Module) -> Patch | None:
-    """The patch that acts on `model` now, if any."""
-    patches = getattr(find_tower(model).module, PATCHES, [])
-    return patches[-1] if patches else None
+    """The patch that acts on `model` now, if any.
+
+    It is kept true: before every pass, and here, modules that were exchanged under the patch (a quantiser, an adapter
+    that was merged, a forward that was restored) are noticed, and the patch is put on the new ones; during the pass a
+    block notices whether its attention and its second linear acted.
+
+    Raises:
+        TestregError: the model was changed so far that the patch cannot follow; the message says what to do.
+    """
+    found: Patch | None = acting(model)
+    if found is not None:
+        found.follow()
+    return found
 
 
 class Patch:
     """Registers on a model; see `patch`. It adds no parameter and no buffer."""
 
     def __init__(self, model: nn.Module, plan: RegisterPlan):
-        tower = find_tower(model)
+        tower = tower_of(model, plan)
         check(tower, plan)
-        self.tower, self.plan = tower, plan
+        if not fits(plan, tower):
+            warnings.warn(
+                f"the plan was found on other weights than those of this {type(model).__name__} "
+                f"({plan.provenance['base'].get('model') or 'another model'}): its registers may do harm. Find the "
+                f"model's own with testreg.find(model, images).",
+                AnotherModel,
+                stacklevel=3,
+            )
+        self.plan = plan
         self._guard = Guard(model if isinstance(model, nn.Module) else model.model)  # the latter in a pipeline
         self._relay = Relay(tower, plan)
-        self._undo: list[Any] = []
+        self._worn: list[Forward] = []
+        self._hooks: list[Any] = []
         self._stack().append(self)
         self._show_top()
+
+    @property
+    def tower(self) -> Tower:
+        """What the registers are in."""
+        return self._relay.tower
 
     def __enter__(self) -> Patch:
         return self
@@ -76,6 +112,37 @@ class Patch:
         finally:
             self._relay.record = None
 
+    def follow(self) -> None:
+        """Put the patch on modules that came in the place of those that it was put on.
+
+        Raises:
+            TestregError: the model was changed so far that the plan does not fit it.
+        """
+        tower = self.tower
+        blocks = tuple(reach(tower.module, tower.row.blocks) or ())
+        if not self._hooks or all(self._still(worn, blocks) for worn in self._worn):
+            return
+        self._uninstall()
+        try:
+            self._relay.tower = found_again(tower)
+            if blocks != tower.blocks[: len(blocks)]:  # the first ones alone need nothing that the others had
+                check(self.tower, self.plan)
+        except TestregError as error:
+            raise TestregError(
+                f"{type(tower.module).__name__} was changed under its patch, which does not fit any more: {error} "
+                f"Take the patch off, testreg.active(model).remove(), and find registers for the model as it is."
+            ) from error
+        self._install()
+
+    def _still(self, worn: Forward, blocks: tuple[nn.Module, ...]) -> bool:
+        """Whether a module is where it was, and nobody gave it back the forward that it had."""
+        now = worn.module.__dict__.get("forward")
+        if now != worn.forward and (now is None or now == worn.before or _own(now, worn.module)):
+            return False
+        if worn.path is None:
+            return True
+        return worn.index < len(blocks) and walk(blocks[worn.index], worn.path) is worn.module
+
     def _stack(self) -> list[Patch]:
         patches = self.tower.module.__dict__.setdefault(PATCHES, [])
         return patches
@@ -84,52 +151,78 @@ class Patch:
         patches = self._stack()
         for other in patches[:-1]:
             other._uninstall()
-        if patches and not patches[-1]._undo:
+        if patches and not patches[-1]._hooks:
             patches[-1]._install()
         if not patches:
             del self.tower.module.__dict__[PATCHES]
 
     def _install(self) -> None:
-        tower, plan = self.tower, self.plan
+        tower, plan, relay = self.tower, self.plan, self._relay
         self._guard.on()
-        self._undo.append(self._guard.off)
+        # Hooks survive whoever restores forwards, and forwards, unlike hooks, are what compilers guard.
+        for module in (tower.module, tower.blocks[0]):
+            self._hooks.append(module.register_forward_pre_hook(self._before))
+        self._hooks.append(tower.module.register_forward_hook(self._after))
+        carries = plan.registers > 0 and plan.form != "attention"
         for index, (block, down, attention) in enumerate(zip(tower.blocks, tower.downs, tower.attentions, strict=True)):
-            registers = plan.registers if index >= plan.entry else 0
-            if registers:
-                self._replace(block, Block(self._relay, index, block))
-                self._replace(attention, Attention(self._relay, index, attention))
+            acts = NEURONS if index in plan.neurons else 0
+            if plan.registers and index >= plan.entry:
+                acts |= ATTENTION
+                in_block = path_to(block, tower.row.attention)
+                kind = Prefixed if plan.language else Attention if carries else Rows
+                self._wear(kind(relay, index, attention), in_block)
                 bias = reach(block, tower.row.bias)
                 if bias is not None:
-                    self._replace(bias, Bias(self._relay, bias.forward, inside=bias in list(attention.modules())))
+                    self._wear(Bias(relay, index, bias, inside=bias in list(attention.modules())))
             if index in plan.neurons:
-                hook = Neurons(self._relay, index, registers, down)
-                self._undo.append(down.register_forward_pre_hook(hook).remove)
+                self._wear(Neurons(relay, index, down), path_to(block, tower.row.down))
+            if acts:
+                carrier = carries and index >= plan.entry
+                self._wear((Carrier if carrier else Block)(relay, index, block, acts), ())
+        shared = reach(tower.module, tower.row.shared_bias)
+        if shared is not None and plan.registers:
+            self._wear(Bias(relay, 0, shared, inside=False))
+        if plan.language and plan.registers:
+            if plan.positions == BEFORE and not rotary(tower):
+                for table in tables(tower):
+                    self._wear(Later(relay, 0, table))
+            measure(tower, relay)
 
-    def _replace(self, module: nn.Module, instead: Forward) -> None:
+    def _wear(self, instead: Forward, path: tuple[str, ...] | None = None) -> None:
         # An instance attribute is the least invasive place: no subclass, no wrapper module, no key of the state dict
         # changes. A bound method of our own object, since deepcopy then binds the copy's method to the copy.
-        before = module.__dict__.get("forward")
-        module.forward = instead.forward
-        self._undo.append(_Restore(module, instead, before))
+        instead.module.forward = instead.forward
+        instead.path = path
+        self._worn.append(instead)
 
     def _uninstall(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        while self._hooks:
+            self._hooks.pop().remove()
+        while self._worn:
+            self._worn.pop().take_off()
+        self._guard.off()
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # a compiler guards what it read, and reads it anew when that is exchanged
+        if module is self.tower.module:
+            self._relay.here.passed = 0
+        self.follow()
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        here = self._relay.here
+        here.waiting = here.bias = None
+        if torch.compiler.is_compiling() or here.passed or output is None or not self._worn:
+            return
+        raise TestregError(
+            f"{type(module).__name__} ran without calling its blocks as modules, so the registers could not act: "
+            f"it unpacks them, or was compiled before they were put on. Patch before compiling."
+        )
 
 
-class _Restore:
-    """Gives a module back the `forward` that it had, on the instance or from its class."""
-
-    def __init__(self, module: nn.Module, instead: Forward, before: Any):
-        self.module, self.instead, self.before = module, instead, before
-
-    def __call__(self) -> None:
-        if self.module.__dict__.get("forward") != self.instead.forward:  # somebody wrapped it since: step aside
-            self.instead.off = True
-        elif self.before is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.before
+def _own(forward: Any, module: nn.Module) -> bool:
+    """Whether it is the forward of the module's class, set on the instance by somebody who kept it."""
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def check(tower: Tower, plan: RegisterPlan) -> None:
@@ -155,3 +248,6 @@ def check(tower: Tower, plan: RegisterPlan) -> None:
             )
     if plan.state is not None and plan.state.shape[-1] != tower.channels:
         raise misfit(f"{tower.channels} channels", f"the register state has {plan.state.shape[-1]} channels")
+    if plan.state is not None and plan.form == "attention" and plan.state.shape[0] != len(tower.blocks) - plan.entry:
+        rows = f"the register state has rows for {plan.state.shape[0]} blocks from block {plan.entry} on"
+        raise misfit(f"{len(tower.blocks) - plan.entry} of them", rows)

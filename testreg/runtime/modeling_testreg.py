@@ -10,7 +10,6 @@ import inspect
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from huggingface_hub import snapshot_download
 from transformers.configuration_utils import PreTrainedConfig
 
 from .errors import BadCheckpoint, TestregError
-from .installer import active, patch
+from .guard import SavePretrained
+from .installer import patch
 from .plan import RegisterPlan
 from .recipe import MODEL_TYPE, PLAN, Recipe
 from .redirect import move as _move  # noqa: F401, transformers copies the files that are imported in this form
@@ -144,7 +144,7 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
             raise BadCheckpoint(f"{directory} {verb} {model_class.__name__}: {', '.join(keys[:3])}.")
     del model.config.transformers_weights
     patch(model, plan)
-    model.save_pretrained = MethodType(save_pretrained, model)
+    model.save_pretrained = SavePretrained(model, loaded=True)
     return (model, info) if wants_info else model
 
 
@@ -152,16 +152,6 @@ def skeleton(model_class: Any, config: PreTrainedConfig, **init: Any) -> Any:
     """A model without memory for its weights."""
     with torch.device("meta"):
         return model_class(config, **init)
-
-
-def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """`save_pretrained` of a model that was loaded with registers: never without them in silence."""
-    if active(self) is not None:
-        raise TestregError(
-            "save_pretrained would lose this model's registers. Keep them with testreg.save(model, PATH), which takes "
-            "push_to_hub=NAME too; or take them off first with testreg.active(model).remove()."
-        )
-    type(self).save_pretrained(self, save_directory, *args, **kwargs)
 
 
 def first_line(error: Exception) -> str:

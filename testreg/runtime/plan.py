@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import BadPlan
+from .law import MOST_REGISTERS, Law
 
 FORMAT = "testreg-plan"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # 1 knows neither the attention form nor a law
+FORMS = ("dynamic", "constant", "attention")
+BEFORE, ON = "before", "on"  # where registers of a language model stand: before its first token, or on its place
 LARGEST = torch.finfo(torch.float32).max
-MOST_REGISTERS = 1024  # far beyond any use; a plan file is not trusted with the size of an allocation
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +34,21 @@ class RegisterPlan:
 
     Args:
         neurons: block index -> indices of its register neurons, both from 0.
-        registers: how many tokens join the sequence, at least 1 (or 0 with no neurons to receive).
-        entry: the block before which they join; 0 = together with the embeddings, as in the paper.
-        state: what they hold when they join. None = zeros, which then receive the neurons' maxima (the dynamic form,
+        registers: how many there are at the size that they were found at, at least 1 (or 0 with no neurons to receive).
+        entry: the block before which they join; 0 = together with the embeddings, as in the paper. In the attention
+            form, the first block whose attention has them.
+        state: what they are. None = zeros, which join as tokens and then receive the neurons' maxima (the dynamic form,
             the paper's). A tensor `(channels,)` or `(registers, channels)` in the units of the residual stream =
-            constant registers; the neurons are only taken away from the other tokens.
+            tokens that join with it (constant); the neurons are only taken away from the other tokens. A tensor
+            `(blocks from entry on, registers, channels)` = what attention gets in front of its tokens in each of these
+            blocks, in the units of its own input; no token joins, nothing else in the network sees them (attention).
         provenance: where the plan comes from, plain JSON values: scores, settings tried, images, versions.
         rest: block index -> what its register neurons, in ascending order, have on all other tokens: best their mean
             over ordinary patches. None = 0, as in the paper.
+        form: "dynamic", "constant" or "attention"; by default what the state's shape says.
+        law: how many registers for how many patches; None = as many at every size.
+        positions: of a language model's plan, where its registers stand: "before" its first token, as a start token of
+            the model's own would, or "on" its place. None = the plan is a vision tower's.
 
     Raises:
         BadPlan: a value is of the wrong type or out of range.
@@ -48,6 +60,9 @@ class RegisterPlan:
     state: Tensor | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rest: Mapping[int, tuple[float, ...]] | None = None
+    form: str = ""
+    law: Law | None = None
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.neurons, Mapping):
@@ -63,25 +78,42 @@ class RegisterPlan:
             raise BadPlan(f"registers is {registers}; at most {MOST_REGISTERS} make sense, and usually 1 to 8.")
         object.__setattr__(self, "registers", registers)
         object.__setattr__(self, "entry", entry)
-        if self.state is not None:
-            state = torch.as_tensor(self.state).detach().to("cpu", torch.float32)
-            if state.ndim == 1:
-                state = state.expand(registers, -1)
-            if state.ndim != 2 or state.shape[0] != registers:
-                raise BadPlan(
-                    f"state has the shape {tuple(state.shape)}; {registers} registers need (channels,) or "
-                    f"({registers}, channels)."
-                )
-            if not state.isfinite().all():
-                raise BadPlan(
-                    "state holds NaN or infinity; the images or the weights that it was measured on are broken."
-                )
-            object.__setattr__(self, "state", state.clone())
+        state = None if self.state is None else _state(self.state, registers)
+        object.__setattr__(self, "state", state)
+        form = _Form("dynamic" if state is None else "attention" if state.ndim == 3 else "constant")
+        if self.form not in ("", form) and not isinstance(self.form, _Form):
+            shape = "no state" if state is None else f"a state of the shape {tuple(state.shape)}"
+            raise BadPlan(
+                f"a plan with {shape} is of the form {form!r}, not {self.form!r}; attention needs (blocks from entry "
+                f"on, registers, channels), constant (registers, channels), dynamic none."
+            )
+        object.__setattr__(self, "form", form)
+        if self.law is not None and not isinstance(self.law, Law):
+            raise BadPlan(f"law must be a testreg.runtime.law.Law, not a {type(self.law).__name__}.")
+        if self.positions is not None and (self.positions not in (BEFORE, ON) or self.law):
+            raise BadPlan(f"positions must be {BEFORE!r} or {ON!r}, and goes with no law, not {self.positions!r:.50}.")
+        if self.positions is not None and registers and form != "attention":
+            raise BadPlan("registers of a language model are of the attention form: state must have three dimensions.")
+        if self.law is not None and not registers:
+            raise BadPlan("a plan without registers has no law of their number: leave law out.")
+
+    def registers_for(self, patches: int) -> int:
+        """How many registers an image of `patches` patches has, also where that is a symbol of a tracer."""
+        return self.registers if self.law is None else self.law(patches)
 
     @property
-    def form(self) -> str:
-        """`"dynamic"` or `"constant"`."""
-        return "dynamic" if self.state is None else "constant"
+    def language(self) -> bool:
+        """Whether it is a plan for a language model."""
+        return self.positions is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the plan does."""
+        values = {key: value for key, value in self.to_dict().items() if key != "provenance"}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+        if self.state is not None:
+            digest.update(self.state.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -96,18 +128,21 @@ class RegisterPlan:
         return self.state is None or other.state is None or torch.equal(self.state, other.state)
 
     def __hash__(self) -> int:
-        return hash((self.pairs, self.registers, self.entry, self.form))
+        return hash((self.pairs, self.registers, self.entry, self.form, self.law, self.positions))
 
     def _discrete(self) -> tuple[Any, ...]:
-        return self.neurons, self.registers, self.entry, self.form, self.rest
+        return self.neurons, self.registers, self.entry, self.form, self.rest, self.law, self.positions
 
     def __str__(self) -> str:
         neurons = ", ".join(f"({block}, {neuron})" for block, neuron in self.pairs[:8]) + (
             ", ..." if len(self.pairs) > 8 else ""
         )
-        where = "with the embeddings" if self.entry == 0 else f"before block {self.entry}"
+        where = "joining with the embeddings" if self.entry == 0 else f"joining before block {self.entry}"
+        if self.form == "attention":
+            where = f"from block {self.entry} on"
+        sizes = f" ({self.law})" if self.law and self.law.slope else ""
         return (
-            f"{self.registers} {self.form} register{'s' * (self.registers != 1)} joining {where}; "
+            f"{self.registers} {self.form} register{'s' * (self.registers != 1)} {where}{sizes}; "
             f"{len(self.pairs)} register neuron{'s' * (len(self.pairs) != 1)} (block, neuron): {neurons or 'none'}"
         )
 
@@ -147,8 +182,10 @@ class RegisterPlan:
             "neurons": {str(block): list(row) for block, row in self.neurons.items()},
             "registers": self.registers,
             "entry": self.entry,
-            "form": self.form,
+            "form": str(self.form),
             "rest": None if self.rest is None else {str(block): list(row) for block, row in self.rest.items()},
+            "law": None if self.law is None else self.law.to_dict(),
+            "positions": self.positions,
             "provenance": dict(self.provenance),
         }
 
@@ -159,18 +196,18 @@ class RegisterPlan:
         Raises:
             BadPlan: anything but the values that `to_dict` gives.
         """
-        if not isinstance(values, dict) or values.get("version") != VERSION:
-            version = values.get("version") if isinstance(values, dict) else None
+        version = values.get("version") if isinstance(values, dict) else None
+        if isinstance(version, bool) or version not in READABLE:
             raise BadPlan(
-                f"the plan is of version {version!r}; this testreg reads version {VERSION}: pip install -U testreg."
+                f"the plan is of version {version!r:.50}; this testreg reads versions {', '.join(map(str, READABLE))}: "
+                f"pip install -U testreg."
             )
         provenance = values.get("provenance", {})
         if not isinstance(provenance, dict):
             raise BadPlan(f"the plan's provenance must be a JSON object, not {provenance!r:.100}.")
-        if values.get("form") != ("dynamic" if state is None else "constant"):
-            raise BadPlan(
-                f"the plan calls itself {values.get('form')!r}, but has {'no' if state is None else 'a'} state."
-            )
+        form = values.get("form")
+        if form not in FORMS or (form == "dynamic") != (state is None):
+            raise BadPlan(f"the plan calls itself {form!r:.50}, but has {'no' if state is None else 'a'} state.")
         if state is not None and not state.is_floating_point():
             raise BadPlan(f"the register state is of {state.dtype}; a floating-point tensor is needed.")
         return cls(
@@ -180,7 +217,31 @@ class RegisterPlan:
             state=state,
             rest=None if values.get("rest") is None else _by_block(values["rest"], "rest"),
             provenance=provenance,
+            form=form,
+            law=None if values.get("law") is None else Law.from_dict(values["law"]),
+            positions=values.get("positions"),
         )
+
+
+class _Form(str):
+    """A form that a state's shape told; where `dataclasses.replace` hands it on with another state, it is no wish."""
+
+    __slots__ = ()
+
+
+def _state(state: Any, registers: int) -> Tensor:
+    """The state of constant registers `(registers, channels)`, or of attention's `(blocks, registers, channels)`."""
+    state = torch.as_tensor(state).detach().to("cpu", torch.float32)
+    if state.ndim == 1:
+        state = state.expand(registers, -1)
+    if state.ndim not in (2, 3) or state.shape[-2] != registers:
+        raise BadPlan(
+            f"state has the shape {tuple(state.shape)}; {registers} registers need (channels,) or ({registers}, "
+            f"channels) to join as tokens, or (blocks from entry on, {registers}, channels) in attention alone."
+        )
+    if not state.isfinite().all():
+        raise BadPlan("state holds NaN or infinity; the images or the weights that it was measured on are broken.")
+    return state.clone()
 
 
 def _by_block(values: Any, name: str) -> dict[int, Any]:

@@ -19,8 +19,19 @@ def join(registers: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([registers, tokens], dim=1)  # (batch, registers + tokens, channels)
 
 
+def dealt(state: Tensor, count: Any) -> Tensor:
+    """Rows `(count, channels)` of `state` `(rows, channels)`, each as often as it has its share in it."""
+    at = torch.arange(count, device=state.device)  # (count,)
+    return state[(2 * at + 1) * len(state) // (2 * count)]
+
+
+def rest(activation: Tensor, neurons: Tensor, value: Tensor) -> Tensor:
+    """Neuron activations `(..., all neurons)` in which `neurons` `(neurons,)` have their `value` `(neurons,)`."""
+    return activation.index_copy(-1, neurons, value.expand(*activation.shape[:-1], -1))
+
+
 def move(
-    activation: Tensor, neurons: Tensor, registers: int, rest: Tensor, *, fill: bool, real: Tensor | None = None
+    activation: Tensor, neurons: Tensor, registers: Any, rest: Tensor, *, fill: bool, real: Tensor | None = None
 ) -> Tensor:
     """Neuron activations `(batch, registers + tokens, all neurons)` with those of `neurons` taken away from the tokens.
 
@@ -36,14 +47,14 @@ def move(
     # Few and small operations, then one copy: a block's activation is the largest tensor there is.
     picked = activation.index_select(-1, neurons)  # (batch, registers + tokens, neurons)
     kept = picked[:, :registers]  # (batch, registers, neurons)
-    if fill and registers:
+    if fill:
         held = picked if real is None else picked.masked_fill(~real[..., None], torch.finfo(picked.dtype).min)
         kept = held.amax(dim=1, keepdim=True).expand_as(kept)
     moved = torch.cat([kept, rest.expand_as(picked[:, registers:])], dim=1)
     return activation.index_copy(-1, neurons, moved)
 
 
-def grow(mask: Tensor, registers: int, tokens: int) -> Tensor:
+def grow(mask: Tensor, registers: Any, tokens: Any, *, square: bool = False, bias: Tensor | None = None) -> Tensor:
     """An attention mask or position bias with room for `registers` more tokens in front.
 
     Everyone may attend to the registers, and they to every token that is not padding.
@@ -51,10 +62,17 @@ def grow(mask: Tensor, registers: int, tokens: int) -> Tensor:
     Args:
         mask: boolean (True = attend) or additive, `(batch, keys)`, or `(batch, heads or 1, queries or 1, keys)`.
         tokens: the length of the sequence without registers; axes of another length are left alone.
+        square: two dimensions are `(queries, keys)`.
+        bias: the position bias in an additive mask, if any. What else was added to it is 0 for a key that may be
+            attended to, or 1 where a mask of booleans was added as it is; registers get as much.
     """
     if mask.shape[-1] == tokens:
-        mask = pad(mask, (registers, 0), value=0 if mask.is_floating_point() else 1)  # (..., registers + keys)
-    if mask.ndim > 2 and mask.shape[-2] == tokens:
+        if mask.is_floating_point() and bias is not None and mask is not bias and mask.ndim == bias.ndim:
+            front = (mask - bias).amax(-1, keepdim=True)  # (batch, heads, queries, 1)
+            mask = torch.cat([front.expand(*front.shape[:-1], registers), mask], dim=-1)
+        else:
+            mask = pad(mask, (registers, 0), value=0 if mask.is_floating_point() else 1)  # (..., registers + keys)
+    if (square or mask.ndim > 2) and mask.shape[-2] == tokens:
         seen = _open(mask).any(-2, keepdim=True)  # (batch, heads or 1, 1, registers + keys)
         rows = (
             torch.zeros_like(mask[..., :1, :]).masked_fill(~seen, _closed(mask)) if mask.is_floating_point() else seen
@@ -63,10 +81,35 @@ def grow(mask: Tensor, registers: int, tokens: int) -> Tensor:
     return mask
 
 
-def real(mask: Tensor) -> Tensor:
-    """Which tokens are not padding, `(batch, keys)`: those that anyone may attend to under a mask as in `grow`."""
+def grow_blocks(mask: Any, registers: Any, tokens: Any) -> Any:
+    """A flex attention block mask, grown as `grow` grows others; what is no block mask is left alone."""
+    if type(mask).__name__ != "BlockMask":
+        return mask
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    may = mask.mask_mod
+
+    def grown(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        asks = may(batch, head, (query - registers).clamp(min=0), (key - registers).clamp(min=0))
+        allowed: Tensor = (key < registers) | asks
+        return allowed
+
+    batch, heads, queries, keys = mask.shape
+    sizes = {"B": batch, "H": heads, "Q_LEN": queries + registers, "KV_LEN": keys + registers}
+    return create_block_mask(grown, **sizes, device=mask.kv_num_blocks.device, BLOCK_SIZE=mask.BLOCK_SIZE)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True = attend) as one to add."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def real(mask: Tensor, *, square: bool = False) -> Tensor:
+    """Which tokens are not padding, `(batch or 1, keys)`: those that anyone may attend to under a mask as in `grow`."""
     seen = _open(mask)
-    return seen if seen.ndim == 2 else seen.flatten(1, -2).any(1)
+    if seen.ndim == 2:
+        return seen.any(0, keepdim=True) if square else seen
+    return seen.flatten(1, -2).any(1)
 
 
 def _open(mask: Tensor) -> Tensor:

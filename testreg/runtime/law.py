@@ -1,0 +1,92 @@
+"""How many registers for how many patches: the count belongs to the resolution, by a line that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .errors import BadPlan
+
+MOST_REGISTERS = 1024  # far beyond any use; a plan file is not trusted with the size of an allocation
+MOST_PATCHES = 2**20
+UNIT = 2**16  # parts of a register that the line is drawn in: whole numbers, which every tracer follows
+
+
+@dataclass(frozen=True)
+class Law:
+    """`registers = slope * patches + offset`, rounded, at least one.
+
+    Args:
+        slope: registers per patch, 0 where their number stays.
+        offset: registers at no patch, where the line begins.
+        fewest, most: the patches per image of the smallest and the largest size that it was measured at.
+
+    Raises:
+        BadPlan: a value is of the wrong type, or gives no register, or absurdly many, at a size that was measured.
+    """
+
+    slope: float
+    offset: float
+    fewest: int
+    most: int
+
+    def __post_init__(self) -> None:
+        for name in ("slope", "offset"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST_REGISTERS:
+                raise BadPlan(f"the law's {name} must be a number up to {MOST_REGISTERS}, not {value!r:.50}.")
+            object.__setattr__(self, name, float(value))
+        for name in ("fewest", "most"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_PATCHES:
+                raise BadPlan(f"the law's {name} must be a number of patches, a whole one from 1, not {value!r:.50}.")
+        if self.fewest > self.most:
+            raise BadPlan(f"the law was measured at {self.fewest} to {self.most} patches, which is no span.")
+        for patches in (self.fewest, self.most):
+            count = round(self.slope * patches + self.offset)
+            if not 1 <= count <= MOST_REGISTERS:
+                raise BadPlan(
+                    f"the law gives {count} registers for {patches} patches; 1 to {MOST_REGISTERS} make sense, and "
+                    f"usually 1 to 32."
+                )
+
+    def __call__(self, patches: int) -> int:
+        """How many registers an image of `patches` patches has.
+
+        In whole numbers alone, so that a symbolic number of patches gives a symbolic number of registers.
+        """
+        if not self.slope:
+            return round(self.offset)
+        count = (round(self.slope * UNIT) * patches + round((self.offset + 0.5) * UNIT)) // UNIT
+        if isinstance(count, int):
+            return max(1, min(count, MOST_REGISTERS))
+        least: Any = torch.sym_max(1, torch.sym_min(count, MOST_REGISTERS))
+        return least
+
+    def reaches(self, patches: int) -> bool:
+        """Whether `patches` is no more than twice beyond what was measured."""
+        return self.fewest <= 2 * patches and patches <= 2 * self.most
+
+    def __str__(self) -> str:
+        if not self.slope:
+            return f"{round(self.offset)} at every size"
+        return f"{self(self.fewest)} for {self.fewest} patches to {self(self.most)} for {self.most}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Law:
+        """The inverse of `to_dict`; nothing in `values` is trusted.
+
+        Raises:
+            BadPlan: anything but the values that `to_dict` gives.
+        """
+        names = {"slope", "offset", "fewest", "most"}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise BadPlan(f"the plan's law must be a JSON object of {', '.join(sorted(names))}, not {values!r:.100}.")
+        return cls(**values)

@@ -1,0 +1,148 @@
+"""What the modules of one patch share: the plan, where a thread's pass is, and the registers as they begin."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import redirect
+from .errors import RegistersStretched
+from .families import Tower
+from .plan import RegisterPlan
+
+
+@dataclass
+class Record:
+    """What an active patch does with the registers; filled by the forward passes inside `Patch.recording()`.
+
+    Attributes:
+        registers: block index -> its registers after that block `(batch, registers, channels)`; in the attention form
+            what the block's attention gives for their rows.
+        attentions: block index -> attention `(batch, heads, registers + tokens, registers + tokens)`, for attention
+            implementations that return it (`model.set_attn_implementation("eager")`).
+    """
+
+    registers: dict[int, Tensor] = field(default_factory=dict)
+    attentions: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Here(threading.local):
+    """Where a thread's pass is.
+
+    Attributes:
+        block: the block that runs, None between blocks.
+        registers: how many are in front of the tokens inside it.
+        passed: whether a block ran in this pass.
+        acted: which of ATTENTION and NEURONS did so in it.
+        real: which tokens are not padding, from the attention to the MLP.
+        bias: the position bias made last, which is a part of the mask that attention gets.
+        waiting: the block that was left last, how many registers it had, and its `[registers | tokens]`, or a weak
+            reference to that.
+    """
+
+    block: int | None = None
+    registers: int = 0
+    passed: bool = False
+    acted: int = 0
+    real: Tensor | None = None
+    bias: Tensor | None = None
+    waiting: tuple[int, Any, Any] | None = None
+
+
+class Relay:
+    """What the modules of one patch share.
+
+    Attributes:
+        tower: whose modules they are.
+        plan: the registers.
+        record: to fill, while somebody wants one.
+        measuring: attentions show what they make of the registers.
+    """
+
+    def __init__(self, tower: Tower, plan: RegisterPlan):
+        self.tower, self.plan = tower, plan
+        self.record: Record | None = None
+        self.here = Here()
+        self.told = False
+        self.measuring = False
+
+    def count(self, tokens: Any) -> Any:
+        """How many registers go with so many tokens, prefix tokens among them."""
+        plan = self.plan
+        if plan.law is None:
+            return plan.registers
+        patches = tokens - self.tower.prefix
+        if type(patches) is int and not self.told and not plan.law.reaches(patches):
+            self.told = True
+            warnings.warn(
+                f"an image of {patches} patches is more than twice beyond the sizes that its registers were counted at "
+                f"({plan.law.fewest} to {plan.law.most} patches), so that {plan.law(patches)} registers are a guess: "
+                f"testreg.find(model, images, sizes=...) measures other sizes.",
+                RegistersStretched,
+                stacklevel=2,
+            )
+        return plan.law(patches)
+
+    def __getstate__(self) -> dict[str, Any]:  # no pass goes on in a copy
+        return {**self.__dict__, "here": None, "record": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.here = Here()
+
+
+class Start:
+    """The registers as they begin, as many as are asked for.
+
+    Args:
+        block: in the attention form, for which block from the entry on.
+    """
+
+    def __init__(self, relay: Relay, block: int | None = None):
+        plan, tower = relay.plan, relay.tower
+        if plan.state is None:
+            state = torch.zeros(plan.registers, tower.channels)
+            self.seed = tower.seed if plan.entry == 0 else None
+        else:
+            state, self.seed = plan.state if block is None else plan.state[block], None
+        self.alike = bool((state == state[:1]).all())
+        self.whole = plan.law is None
+        self.state = Placed(state[:1] if self.alike else state)
+
+    def like(self, tokens: Tensor, count: Any) -> Tensor:
+        """Registers `(1, count, channels)` in the device and dtype of `tokens`."""
+        state = self.state.like(tokens)  # (registers or 1, channels)
+        if self.alike:
+            rows = state.expand(count, -1)
+        else:
+            rows = state if self.whole else redirect.dealt(state, count)
+        rows = rows[None]  # (1, count, channels)
+        return rows if self.seed is None else self.seed.forward(rows)  # as no module: nobody's hooks should count it
+
+
+class Placed:
+    """A constant that follows the model to its device and dtype, so that no forward pass copies it from the host."""
+
+    def __init__(self, value: Tensor):
+        self.value = self.placed = value
+
+    def on(self, device: torch.device) -> Tensor:
+        return self._place(device, self.value.dtype)
+
+    def like(self, other: Tensor) -> Tensor:
+        return self._place(other.device, other.dtype)
+
+    def _place(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        placed = self.placed
+        if placed.device == device and placed.dtype == dtype:
+            return placed
+        if torch.compiler.is_compiling():  # a tensor made while tracing belongs to the trace
+            return self.value.to(device, dtype)
+        with torch.inference_mode(False):  # one made in inference mode could be no part of a training step
+            self.placed = self.value.to(device, dtype)
+        return self.placed
