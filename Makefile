@@ -10,7 +10,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PINS)
 .PHONY: demo test lint types docs bench clean
 
 demo: $(VENV)/demo-ready
-	$(BIN)/testreg demo --out demo --force
+	$(BIN)/testreg demo --out demo --replace
 
 # One thread per worker: two workers on two cores would otherwise wait for each other.
 test: $(VENV)/test-ready
@@ -48,6 +48,7 @@ $(VENV)/demo-ready: pyproject.toml | $(BIN)/pip
 # own, which only the tests look into (tests/torchvision_stub.py).
 $(VENV)/test-ready: pyproject.toml $(wildcard .ci/constraints.txt) | $(VENV)/demo-ready
 	$(INSTALL) $(TORCH) -e '.[dev]'
-	$(INSTALL) --no-deps timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.2 accelerate==1.15.0
+	$(INSTALL) --no-deps timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.2 accelerate==1.15.0 \
+	  torchao==0.18.0 optimum-quanto==0.2.7
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	touch $@

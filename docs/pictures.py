@@ -1,6 +1,14 @@
-"""The pictures of docs/how.md: `python docs/pictures.py CHECKPOINT`, with the photos of scikit-image."""
+"""The pictures of the documentation: `python -m docs.pictures`, and with a CHECKPOINT those of docs/how.md too.
 
+docs/rooms.svg is drawn from what the package says itself: the layers in pyproject.toml that `lint-imports` checks, and
+the first words of each room. The others show the photos of scikit-image.
+"""
+
+import re
 import sys
+import textwrap
+from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,15 +16,61 @@ import torch
 from matplotlib.colors import LogNorm
 
 import testreg
-from testreg.checkpoints.saving import load_base
+from testreg.checkpoints import load_base
 from testreg.demo.demonstration import demo_photos
 from testreg.finding.observe import run
 from testreg.images.streaming import stream
 from testreg.judging.pictures import as_photo, clearest_block, views
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 BEFORE, AFTER, QUIET = "#c4442f", "#2f6fc4", "#59636e"
 DOCS = Path(__file__).parent
+WIDTH, FLOOR, GAP, SIDE = 760, 72, 14, 44  # of docs/rooms.svg, in its units; SIDE is left of the floors
+# Light boxes with dark words, and grey where there is none: readable on white and on black.
+WORDS, LINES = "#1b1f24", "#7d8590"
+FILLS = {
+    "#dbe7f7": ("images", "text", "finding"),  # the way to a plan
+    "#d3f0de": ("runtime", "checkpoints", "export"),  # a plan at work
+    "#fbe7c6": ("metrics", "judging", "demo"),  # was it worth it?
+}
+
+
+def floors():
+    """The rooms of the package, the highest floor first, as the linter's contract has them."""
+    (layers,) = re.findall(
+        r"^layers = \[(.*?)\]", (DOCS.parent / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
+    return [re.findall(r"testreg\.(\w+)", floor) for floor in re.findall(r'"(.*?)"', layers)]
+
+
+def rooms(file):
+    """The house: each floor a row, each room a box with the first words of what it says of itself."""
+    house = floors()
+    height = len(house) * (FLOOR + GAP) - GAP
+    parts = [
+        f'<path d="M14 4 V{height - 6} m-5 -8 l5 8 l5 -8" fill="none" stroke="{LINES}" stroke-width="2"/>',
+        f'<text transform="translate(32 {height / 2}) rotate(-90)" text-anchor="middle" fill="{LINES}">imports</text>',
+    ]
+    for index, floor in enumerate(house):
+        top, width = index * (FLOOR + GAP), (WIDTH - SIDE - GAP * (len(floor) - 1)) / len(floor)
+        for place, room in enumerate(floor):
+            left = SIDE + place * (width + GAP)
+            fill = next((colour for colour, names in FILLS.items() if room in names), "#e6e8eb")
+            told = import_module(f"testreg.{room}").__doc__
+            first = re.search(r"Read `(\w+)`", told)[1]
+            parts.append(f'<rect x="{left:.0f}" y="{top}" width="{width:.0f}" height="{FLOOR}" rx="6" fill="{fill}"/>')
+            parts.append(_words(left + 14, top + 23, f"{room}/", 'font-weight="bold"'))
+            parts.append(_words(left + width - 14, top + 23, f"read {first} first", 'text-anchor="end" font-size="11"'))
+            for line, words in enumerate(
+                textwrap.wrap(re.split(r"[:;.]\s", told)[0].rstrip(".").replace("->", "→"), width / 8)
+            ):
+                parts.append(_words(left + 14, top + 43 + 16 * line, words))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif"'
+    file.write_text(f'{head} font-size="13" role="img">\n' + "\n".join(parts) + "\n</svg>\n")
+
+
+def _words(x, y, words, more=""):
+    return f'<text x="{x:.0f}" y="{y}" fill="{WORDS}" {more}>{escape(words)}</text>'
 
 
 def norms(before, after, file):
@@ -72,7 +126,13 @@ def _most(parts):
     return torch.cat(list(parts)).max()
 
 
-def main(checkpoint):
+def main(*checkpoints):
+    rooms(DOCS / "rooms.svg")
+    for checkpoint in checkpoints:
+        before_and_after(checkpoint)
+
+
+def before_and_after(checkpoint):
     model, photos = load_base(checkpoint), demo_photos(48)
     found = testreg.find(model, photos)
     before = testreg.inspect(model, photos)
@@ -83,4 +143,4 @@ def main(checkpoint):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:2])

@@ -42,14 +42,15 @@ __all__ = [
     "save",
 ]
 
-__getattr__ = lazily(
-    __name__,
-    {
-        **dict.fromkeys(("FAMILIES", "Family", "Patch", "RegisterPlan", "active", "load", "patch"), "runtime"),
-        **dict.fromkeys(("find", "inspect"), "finding"),
-        "save": "checkpoints",
-    },
-)
+if not TYPE_CHECKING:  # or checkers would take any name
+    __getattr__ = lazily(
+        __name__,
+        {
+            **dict.fromkeys(("FAMILIES", "Family", "Patch", "RegisterPlan", "active", "load", "patch"), "runtime"),
+            **dict.fromkeys(("find", "inspect"), "finding"),
+            "save": "checkpoints",
+        },
+    )
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,13 @@
 import os
 from pathlib import Path
+from types import ModuleType
 
+import forks
 import pytest
 import torchvision_stub
 
 torchvision_stub.install()  # before anything imports transformers
+pytest.register_assert_rewrite("commands", "patched_models")  # their assertions tell what differs, as those of tests
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,10 @@ def assets() -> Path:
             f"no real checkpoints at {folder}: set TESTREG_ASSETS to the folder that holds checkpoints/ and images/"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """`forks`, whose server runs."""
+    forks.serve(tmp_path_factory.mktemp("modules"))
+    return forks

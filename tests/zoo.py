@@ -7,10 +7,14 @@ blocks or 4, 16 patches), weights are of unit gain, so that every block, neuron 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import originals
+import packaging.version
 import pytest
 import torch
 import transformers as hf
@@ -39,12 +43,28 @@ class Tiny:
         inputs: gives example inputs of a batch of images.
         other: inputs of other sizes that the model takes, non-square ones among them.
         text: the model reads text as well.
+        single: its norms compute in single precision, so that its weights cannot all be of another.
     """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
     other: tuple[Callable[[int], dict[str, Any]], ...] = ()
     text: bool = False
+    single: bool = False
+
+
+def given(down: nn.Module) -> list[Tensor]:
+    """A list that gets what a second linear computes with from now on, register neurons at rest by then."""
+    seen: list[Tensor] = []
+    resting = down.forward.__self__  # what stands in for the module's forward, and calls it
+    original = resting.original
+
+    def forward(activation: Tensor) -> Tensor:
+        seen.append(activation)
+        return original(activation)
+
+    resting.original = forward
+    return seen
 
 
 def build(name: str, batch: int = BATCH) -> tuple[nn.Module, dict[str, Any]]:
@@ -142,13 +162,22 @@ def _two_towers(model: str, config: str, text: Mapping = {}, inputs: Any = None,
     )
 
 
-def _from(package: str, make: Callable[[Any], nn.Module], name: str = "x", other: Any = (), shape: Any = None) -> Tiny:
+def _from(
+    package: str,
+    make: Callable[[Any], nn.Module],
+    name: str = "x",
+    other: Any = (),
+    shape: Any = None,
+    single: bool = False,
+) -> Tiny:
     """A model of an optional package, imported when it is built."""
     other = tuple(named(name, inputs) for inputs in other)
-    return Tiny(lambda: make(_imported(package)), named(name, shape or images()), other)
+    return Tiny(lambda: make(_imported(package)), named(name, shape or images()), other, single=single)
 
 
 def _imported(package: str) -> Any:
+    if package.startswith("clip."):  # it asks an old setuptools for packaging
+        sys.modules.setdefault("pkg_resources", SimpleNamespace(packaging=packaging))  # type: ignore[arg-type]
     pytest.importorskip(package.split(".")[0])
     return importlib.import_module(package)
 
@@ -190,16 +219,28 @@ NECK = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
 WRAPPED = {"embed_dim": CHANNELS, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 1.5, "patch_size": PATCH}
 
 
-def _vision(package: str, name: str, inputs: Any, other: Any = ()) -> Tiny:
-    """A vision tower that transformers does not export."""
+def _hidden(
+    package: str,
+    model: str,
+    config: str,
+    inputs: Any = None,
+    other: Any = (),
+    single: bool = False,
+    **settings: Any,
+) -> Tiny:
+    """A class of transformers that it does not export."""
     module = f"transformers.models.{package}.modeling_{package}"
-    return Tiny(
-        lambda: getattr(importlib.import_module(module), f"{name}VisionTransformer")(
-            getattr(importlib.import_module(module), f"{name}VisionConfig")(**VISION)
-        ),
-        inputs,
-        other,
-    )
+    settings = {**VISION, **settings}
+
+    def make() -> nn.Module:
+        code = importlib.import_module(module)
+        return getattr(code, model)(getattr(code, config)(**settings))
+
+    return Tiny(make, inputs or images(), other, single=single)
+
+
+def _vision(package: str, name: str, inputs: Any, other: Any = ()) -> Tiny:
+    return _hidden(package, f"{name}VisionTransformer", f"{name}VisionConfig", inputs, other)
 
 
 def _timm_wrapper(model: type, **more: Any) -> nn.Module:
@@ -207,6 +248,48 @@ def _timm_wrapper(model: type, **more: Any) -> nn.Module:
     settings = {**WRAPPED, "img_size": SIZE}
     return model(hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=settings, **more))
 
+
+def _original(name: str, *args: Any, inputs: Any = None, **settings: Any) -> Tiny:
+    """A stand-in for a model in its makers' own code."""
+    return Tiny(lambda: getattr(originals, name)(*args, **settings), inputs or named("x", images()))
+
+
+def _openai_clip(clip: Any) -> nn.Module:
+    return clip.VisionTransformer(SIZE, PATCH, CHANNELS, BLOCKS, 4, 16)
+
+
+def _radio(timm: Any) -> nn.Module:
+    return originals.radio(timm.VisionTransformer(**SMALL, mlp_ratio=1.5, num_classes=0))
+
+
+def _naflex(**settings: Any) -> Tiny:
+    config = {"patch_size": PATCH, "embed_dim": CHANNELS, "depth": BLOCKS, "num_heads": 4, "mlp_ratio": 1.5, **settings}
+    return _from(
+        "timm.models.naflexvit",
+        lambda timm: timm.NaFlexVit(timm.NaFlexVitCfg(**config, global_pool="avg"), num_classes=5, img_size=SIZE),
+    )
+
+
+def with_alpha(batch: int) -> dict[str, Tensor]:
+    """Images, and where to look in them."""
+    alpha = torch.rand(64, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    return {"x": images()(batch)["pixel_values"], "alpha": alpha[:batch]}
+
+
+def _images_to_mask(ratio: float) -> Callable[[int], dict[str, Any]]:
+    return lambda batch: {"imgs": images()(batch)["pixel_values"], "mask_ratio": ratio}
+
+
+def clips_with_time_third(batch: int) -> dict[str, Tensor]:
+    return {"x": clips(batch).transpose(1, 2)}
+
+
+RADIO = {
+    "hidden_size": CHANNELS, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "mlp_ratio": 1.5,
+    "patch_size": PATCH, "max_img_size": SIZE, "num_cls_tokens": 3, "num_registers": 5, "summary_idxs": [0, 2],
+}  # fmt: skip
+
+GATED = {"use_swiglu_ffn": True, "mlp_ratio": 2.25}  # two thirds of that
 
 MODELS: Mapping[str, Mapping[str, Tiny]] = {
     "vit": {
@@ -394,6 +477,7 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
         "timm.VisionTransformer-dynamic": _timm(global_pool="avg", reg_tokens=2, dynamic_img_size=True),
         "timm.VisionTransformer-map": _timm(global_pool="map", class_token=False, qk_norm=True),
         "timm.VisionTransformer-pre-norm": _timm(pre_norm=True, num_classes=0, init_values=0.5),
+        "timm.VisionTransformer-radio": _from("timm.models.vision_transformer", _radio),
         "TimmWrapperModel": Tiny(lambda: _timm_wrapper(hf.TimmWrapperModel), images()),
         "TimmWrapperForImageClassification": Tiny(
             lambda: _timm_wrapper(hf.TimmWrapperForImageClassification, num_labels=5), images()
@@ -416,6 +500,54 @@ MODELS: Mapping[str, Mapping[str, Tiny]] = {
             "torchvision.models.vision_transformer",
             lambda torchvision: torchvision.VisionTransformer(SIZE, PATCH, BLOCKS, 4, CHANNELS, NEURONS, num_classes=5),
         )
+    },
+    "timm-naflex": {
+        "timm.NaFlexVit": _naflex(),
+        "timm.NaFlexVit-rope": _naflex(pos_embed="none", rope_type="axial", class_token=True, reg_tokens=2),
+    },
+    "ovis2": {
+        "Ovis2VisionModel": _hidden(
+            "ovis2", "Ovis2VisionModel", "Ovis2VisionConfig", vocab_size=16, num_visual_indicator_tokens=4,
+            hidden_stride=1, single=True,
+        )
+    },
+    "radio": {
+        "RadioModel": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO)), images(), ANY_SIZE),
+        "RadioModel-SwiGLU": Tiny(lambda: hf.RadioModel(hf.RadioConfig(**RADIO | GATED)), images()),
+    },
+    "openai-clip": {
+        "clip.VisionTransformer": _from("clip.model", _openai_clip, single=True),
+        "alpha_clip.VisionTransformer": _original("_AlphaClip", inputs=with_alpha),
+    },
+    "perception-encoder": {
+        "pe.VisionTransformer": _original("_Perception"),
+        "pe.VisionTransformer-no-class-token": _original("_Perception", use_cls_token=False),
+        "pe.VisionTransformer-no-rope": _original("_Perception", use_rope2d=False),
+    },
+    "eva-clip": {
+        "EVAVisionTransformer": _original("EVAVisionTransformer"),
+        "EVAVisionTransformer-biased": _original("EVAVisionTransformer", "mlp", rope=False, biased=True),
+    },
+    "dinov2-hub": {
+        "dinov2.DinoVisionTransformer": _original("DinoVisionTransformer"),
+        "dinov2.DinoVisionTransformer-registers": _original("DinoVisionTransformer", 4, "gated w1 w2 w3"),
+        "dinov2.DinoVisionTransformer-chunks": _original("DinoVisionTransformer", chunks=3),
+        "DepthAnythingV2": _original("DepthAnythingV2"),
+    },
+    "dinov3-hub": {
+        "dinov3.DinoVisionTransformer": _original("_DinoV3"),
+        "dinov3.DinoVisionTransformer-storage": _original("_DinoV3", 4, "gated w1 w2 w3"),
+    },
+    "internvit": {"InternVisionModel": _original("InternVisionModel", inputs=images())},
+    "aimv2-apple": {"AIMv2VisionEncoder": _original("AIMv2VisionEncoder")},
+    "jepa": {
+        "ijepa.VisionTransformer": _original("_IJepa"),
+        "vjepa2.VisionTransformer": _original("_VJepa2", inputs=clips_with_time_third),
+        "vjepa2.VisionTransformer-no-rope": _original("_VJepa2", "mlp", rope=False, inputs=clips_with_time_third),
+    },
+    "mae": {
+        "MaskedAutoencoderViT": _original("MaskedAutoencoderViT", inputs=_images_to_mask(0.0)),
+        "MaskedAutoencoderViT-masked": _original("MaskedAutoencoderViT", inputs=_images_to_mask(0.75)),
     },
 }  # fmt: skip
 

@@ -14,4 +14,5 @@ if TYPE_CHECKING:
 
 __all__ = ["is_patched", "load_base", "save"]
 
-__getattr__ = lazily(__name__, {"is_patched": "original", "load_base": "original", "save": "saving"})
+if not TYPE_CHECKING:  # or checkers would take any name
+    __getattr__ = lazily(__name__, {"is_patched": "original", "load_base": "original", "save": "saving"})

@@ -50,6 +50,7 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
         "A stock class, such as `" + architecture + "`, refuses these files: it would lose the registers.",
         "",
         *_table(plan.provenance),
+        *_sizes(plan.provenance),
         "## Licence",
         "",
         f"That of the base model: {licence}." if licence else "That of the base model, whose card did not say which.",
@@ -86,6 +87,25 @@ def _table(provenance: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     return ["## Before and after", "", "| | unpatched | with registers |", "|---|---|---|", *rows, ""]
+
+
+def _sizes(provenance: Mapping[str, Any]) -> list[str]:
+    """What the registers do at other sizes than the one that they were found at."""
+    given = provenance.get("sizes")
+    names = ("patches", "registers", "before", "left", "agreement", "cosine")
+    rows = [
+        f"| {row['side'][0]} x {row['side'][1]} | " + " | ".join(f"{row[name]:.4g}" for name in names) + " |"
+        for row in (given if isinstance(given, list) else [])
+        if isinstance(row, Mapping)
+        and all(_number(row.get(name)) for name in names)
+        and isinstance(row.get("side"), list)
+        and len(row["side"]) == 2
+        and all(map(_number, row["side"]))
+    ]
+    if not rows:
+        return []
+    titles = "| size | patches | registers | outliers unpatched | outliers left | same top-1 | cosine |"
+    return ["## Other sizes", "", titles, "|---|---|---|---|---|---|---|", *rows, ""]
 
 
 def _number(value: Any) -> bool:

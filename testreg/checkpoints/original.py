@@ -13,33 +13,42 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..runtime.errors import BadCheckpoint, TestregError
-from ..runtime.families import find_tower
 from ..runtime.modeling_testreg import fetch, first_line, skeleton
 from ..runtime.recipe import MODEL_TYPE, read_json
+from ..runtime.towers import find_tower
 from . import of_timm
 
 
-def load_base(path: str | Path, *, check: Callable[[Any], Any] = find_tower, **kwargs: Any) -> Any:
+def load_base(
+    path: str | Path, *, check: Callable[[Any], Any] = find_tower, trust_remote_code: bool = False, **kwargs: Any
+) -> Any:
     """An unpatched checkpoint as the class that its config names, in evaluation mode, or an error that says why not.
 
     Args:
         path: its directory, or its name on the hub.
         check: raises where the model is none of those wanted.
+        trust_remote_code: run the code that the checkpoint brings, where it brings some.
         kwargs: what `from_pretrained` takes.
 
     Raises:
         BadCheckpoint: there is no such checkpoint, it is damaged, lacks weights, or holds NaN.
         UnsupportedModel: by default, it holds no Vision Transformer of a known family.
     """
-    directory = fetch(path, kwargs)
+    directory = fetch(path, kwargs, more=("*.py",) if trust_remote_code else ())
     read_json(directory / "config.json")
+    brought = config_of(directory).get("auto_map") or {}  # class of transformers -> code in the checkpoint
     if not any(directory.glob("*.safetensors")):
         raise BadCheckpoint(f"{path} has no weights in safetensors, and pickled ones are never read.")
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except TestregError:
         raise
     except Exception as error:  # a damaged file, an unknown type: transformers raises anything
+        if brought and not trust_remote_code:
+            raise BadCheckpoint(
+                f"{path} is a model of its own code, which lies in the checkpoint and is not run unasked. Look at it; "
+                f"then pass --trust-remote-code, or load the model in Python and pass it to testreg.find."
+            ) from error
         raise BadCheckpoint(f"{path} is no checkpoint that transformers can read: {first_line(error)}") from error
     if config.model_type == MODEL_TYPE:
         raise BadCheckpoint(f"{path} has registers already; testreg.load loads it. Give the original checkpoint.")
@@ -48,8 +57,12 @@ def load_base(path: str | Path, *, check: Callable[[Any], Any] = find_tower, **k
     named = next(iter(config.architectures or ()), "")
     found = getattr(transformers, named, None)
     model_class: Any = found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModel
+    if trust_remote_code and brought:
+        known = [name for name in brought if name.startswith("AutoModel") and hasattr(transformers, name)]
+        model_class = getattr(transformers, "AutoModel" if "AutoModel" in known or not known else known[0])
+        kwargs["trust_remote_code"] = True
     try:
-        if model_class is not AutoModel:
+        if issubclass(model_class, PreTrainedModel):
             check(skeleton(model_class, config))  # a text model is refused before its weights are read
         kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = model_class.from_pretrained(directory, **kwargs)

@@ -7,25 +7,27 @@ import re
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .. import runtime
 from ..runtime import fingerprint as base
 from ..runtime.errors import BadCheckpoint, TestregError, UnsupportedModel
 from ..runtime.installer import active
-from ..runtime.modeling_testreg import auto_map, class_of, first_line
+from ..runtime.modeling_testreg import auto_map, class_of, first_line, takes
 from ..runtime.recipe import PLAN, Recipe, config_sha256, read_json, sha256
 from . import of_timm
 from .atomic import replacing
 from .card import card
 from .original import config_of
+from .rebuilt import check_rebuilt
 
 WEIGHTS = "model.testreg"  # how the weights' file names begin, so that no stock class finds them
 INDEX = f"{WEIGHTS}.safetensors.index.json"
@@ -46,9 +48,10 @@ def save(
     model: nn.Module,
     directory: str | Path,
     *,
-    force: bool = False,
+    replace: bool = False,
     max_shard_size: int | str = "5GB",
     push_to_hub: str | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a patched model as a checkpoint that never loads as the unpatched one.
 
@@ -59,23 +62,31 @@ def save(
     Args:
         model: a model of transformers on which a patch acts.
         directory: where to; made with its parents. Must be empty or not exist.
-        force: replace the checkpoint that `directory` holds.
+        replace: overwrite a checkpoint that `directory` holds.
         max_shard_size: the size from which weights are split into several files.
         push_to_hub: a hub name, `"me/vit-clean"`, to upload the directory to as well.
+        force: what version 0.1 calls `replace`.
 
     Returns:
         The directory.
 
     Raises:
         TestregError: the model is not patched.
-        UnsupportedModel: its class is not one of transformers, or it is quantised.
+        UnsupportedModel: its class is not one of transformers, it is quantised, or its class builds another model from
+            its config; the message has the names of what differs.
         BadCheckpoint: the directory is in use or cannot be written; nothing is changed.
     """
+    model = _inside(model)
     acting = active(model)
     if acting is None:
         raise TestregError(
             f"{type(model).__name__} is not patched, so there are no registers to save: testreg.patch(model, found) "
             f"first, and save inside the `with` if there is one."
+        )
+    if hasattr(model, "merge_and_unload"):  # peft's
+        raise UnsupportedModel(
+            f"{type(model).__name__} holds adapters beside its weights: take the patch off, merge them with "
+            f"model = adapted.merge_and_unload(), then patch and save that."
         )
     if not _comes_back(model):
         raise UnsupportedModel(
@@ -87,11 +98,16 @@ def save(
             f"{type(model).__name__} is quantised: patch and save the unquantised model, or keep the plan with "
             f"found.save(FILE)."
         )
-    target = free(directory, model, force)
+    init = _init(model)
+    copies = check_rebuilt(model, **takes(type(model), init))
+    target = free(directory, model, replace or force)
     source = source_files(model)
     try:
         with replacing(target) as build:
-            type(model).save_pretrained(model, build, variant="testreg", max_shard_size=max_shard_size)
+            weights_of = {**model.state_dict(), **copies} if copies else None
+            type(model).save_pretrained(
+                model, build, variant="testreg", max_shard_size=max_shard_size, state_dict=weights_of
+            )
             index = build / "model.safetensors.index.testreg.json"
             if index.exists():
                 index.rename(build / INDEX)
@@ -100,6 +116,9 @@ def save(
             for name, path in source.items():
                 if PROCESSOR.fullmatch(name):
                     copyfile(path, build / name)
+            own: Any = getattr(model, "image_processor", None)
+            if hasattr(own, "save_pretrained") and not any("processor_config" in path.name for path in build.iterdir()):
+                own.save_pretrained(build)
             for path in CODE:
                 copyfile(path, build / path.name)
             base_config = {key: value for key, value in read_json(build / "config.json").items() if key != "auto_map"}
@@ -109,9 +128,10 @@ def save(
                 files={name: sha256(build / name) for name in [*weights, PLAN]},
                 base_config=base_config,
                 config=config_sha256(base_config),
-                base=base.describe(model),
-                init=_init(model),
+                base=base.describe(model, acting.plan.neurons),
+                init=init,
                 attention=_attention(model),
+                dtypes=_dtypes(model),
                 versions={
                     "testreg": runtime.__version__,
                     "torch": torch.__version__,
@@ -135,6 +155,13 @@ def save(
     return target
 
 
+def _inside(model: Any) -> nn.Module:
+    """The model in wrappers that compute what it computes: torch.compile's, those of several processes."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
 def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether loading would find the model's class."""
     try:
@@ -143,12 +170,11 @@ def _comes_back(model: nn.Module) -> TypeGuard[PreTrainedModel]:
         return False
 
 
-def free(directory: str | Path, model: nn.Module, replace: bool, how: str = "force=True (--force)") -> Path:
+def free(directory: str | Path, model: nn.Module, replace: bool) -> Path:
     """The whole path of `directory`, where writing a checkpoint of `model` there loses nothing.
 
     Args:
         replace: a checkpoint that it holds may go.
-        how: the user says so.
 
     Raises:
         BadCheckpoint: it is the model's own, holds something and `replace` is not given, holds what is no checkpoint,
@@ -172,7 +198,7 @@ def free(directory: str | Path, model: nn.Module, replace: bool, how: str = "for
         return target
     held = sorted(target.iterdir())
     if held and not replace:
-        raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass {how}.")
+        raise BadCheckpoint(f"{directory} exists and is not empty: choose another, or pass replace=True (--replace).")
     strangers = [path.name for path in held if not path.is_file() or not _belongs(path.name)]
     if strangers or (held and not config_of(target).keys() & {"model_type", "architecture"}):
         has = f"{strangers[0]}, which is no part of a checkpoint" if strangers else "no config of a model"
@@ -203,6 +229,13 @@ def _init(model: PreTrainedModel) -> dict[str, bool]:
     """A bare tower loaded from these weights, with or without a head around it now, must not make up a pooler."""
     pooler = any(name.split(".")[-1] == "pooler" for name, _ in model.named_modules())
     return {} if pooler else {"add_pooling_layer": False}
+
+
+def _dtypes(model: PreTrainedModel) -> dict[str, str]:
+    """Weight -> its dtype, where they are of several: loading would give them all the same."""
+    floating = {name: weight.dtype for name, weight in model.state_dict().items() if weight.is_floating_point()}
+    several = len(set(floating.values())) > 1
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in floating.items()} if several else {}
 
 
 def _attention(model: PreTrainedModel) -> str | None:

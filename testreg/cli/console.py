@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import click
 
 from ..checkpoints.atomic import replacing_file
-from ..runtime.errors import Harmful, ImagesRepeated, ImagesSkipped, NoOutliers, TestregError
+from ..runtime.errors import Harmful, ImagesDark, ImagesRepeated, ImagesSkipped, NoOutliers, TestregError
 
 EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error; 2: the command line itself
 INTERRUPTED = 130  # as shells have it
@@ -64,7 +64,7 @@ class Commands(click.Group):
                 raise
             code, words = 1, _unexpected(error)
         if leads:
-            click.echo(wrapped(f"testreg: {words}", sys.stderr), err=True)
+            note(words)
         raise SystemExit(code)
 
 
@@ -110,6 +110,11 @@ def writing(file: Path) -> Iterator[Path]:
         raise TestregError(f"{file} could not be written: {error.strerror or error}.") from error
 
 
+def note(words: str) -> None:
+    """Something that is no result, for whoever watches."""
+    click.echo(wrapped(f"testreg: {words}", sys.stderr), err=True)
+
+
 def wrapped(words: str, stream: TextIO | None = None) -> str:
     """Sentences in lines of the terminal's width; whoever reads a file or a pipe gets them as they are."""
     if not (stream or sys.stdout).isatty():
@@ -136,14 +141,14 @@ def _own_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
         if str(message) not in told:
-            click.echo(wrapped(f"testreg: {message}", sys.stderr), err=True)
+            note(str(message))
         told.add(str(message))
 
     logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for own in (ImagesSkipped, ImagesRepeated):
+            for own in (ImagesSkipped, ImagesRepeated, ImagesDark):
                 warnings.simplefilter("always", own)
             warnings.showwarning = show
             yield

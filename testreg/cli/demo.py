@@ -8,7 +8,7 @@ import click
 
 from . import words
 from .finding import patch_and_save
-from .group import as_json, main, print_json, say
+from .group import Place, as_json, main, print_json, say
 
 DEMO = """This is a demonstration: {model} is a small random Vision Transformer
 into which an artefact was planted. The photos in {photos} are real ones, from scikit-image.
@@ -22,10 +22,11 @@ Your own model:
 
 
 @main.command(short_help="The main job offline, on a small planted model.")
-@click.option("--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="A new directory.")
-@click.option("--force", is_flag=True, help="Use a directory that holds an earlier demonstration.")
+@click.option("--out", type=Place(path_type=Path), default="demo", show_default=True, help="A new directory.")
+@click.option("--replace", is_flag=True, help="Use a directory that holds an earlier demonstration.")
+@click.option("--force", is_flag=True, hidden=True)  # what version 0.1 calls --replace
 @as_json
-def demo(out: Path, force: bool, as_json: bool) -> None:
+def demo(out: Path, replace: bool, force: bool, as_json: bool) -> None:
     """Do the main job offline: photos from scikit-image, and a small model with planted register neurons.
 
     \b
@@ -35,12 +36,13 @@ def demo(out: Path, force: bool, as_json: bool) -> None:
     from ..demo.demonstration import write
     from ..judging.pictures import show as draw
 
-    model, photos = write(out, force=force)
+    replace = replace or force
+    model, photos = write(out, replace=replace)
     if not as_json:
         say(DEMO.format(model=model, photos=photos))
     loaded = load_base(model)
     given = {"images": photos, "batch_size": 16, "workers": 0}
-    plan, told = patch_and_save(loaded, None, out / "patched", given, force=force)
+    plan, told = patch_and_save(loaded, None, out / "patched", given, replace=replace)
     picture = out / "before_after.png"
     draw(loaded, plan, sorted(photos.iterdir())[:4]).savefig(picture, dpi=150)
     if as_json:

@@ -9,18 +9,19 @@ import click
 
 from . import words
 from .console import writable
-from .group import as_json, load_both, loading, main, print_json, say, with_plan
+from .group import Place, as_json, load_both, loading, main, preparing, print_json, say, with_plan
 
 
 @main.command(short_help="Write a form that needs no testreg: stock weights, or ONNX.")
 @click.argument("model")
 @click.option("--format", "form", type=click.Choice(["stock", "onnx"]), required=True, help="What to write.")
-@click.option("--images", type=click.Path(), help="stock: a folder of photos to fit to and to check with; 32 or more.")
+@click.option("--images", type=Place(), help="stock: a folder of photos to fit to and to check with; 32 or more.")
 @with_plan
 @click.option("--library", type=click.Choice(["transformers", "timm"]), help="stock: whose. Default: either.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="stock: a directory; onnx: NAME.onnx.")
+@click.option("--out", type=Place(path_type=Path), required=True, help="stock: a directory; onnx: NAME.onnx.")
 @click.option("--replace", is_flag=True, help="Replace the checkpoint, or the file, that is there as --out.")
-@click.option("--force", is_flag=True, help="Take another model's plan; write stock weights that drift too far.")
+@click.option("--force", is_flag=True, help="Take another model's plan; write weights that drift, or no registers.")
+@preparing
 @loading
 @as_json
 def export(
@@ -45,11 +46,12 @@ def export(
     testreg export vit-clean --format stock --images photos/ --out vit-stock
     testreg export vit-clean --format onnx --out vit-clean.onnx
     """
+    from .. import BadPlan, active
     from .. import patch as install
 
     if form == "stock" and images is None:
         raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
-    for name, value in {"--images": images, "--library": library}.items():
+    for name, value in {"--images": images, "--library": library, "--processor": given["processor"]}.items():
         if form == "onnx" and value:
             raise click.UsageError(f"--format onnx does not take {name}.")
     if form == "onnx":
@@ -64,7 +66,13 @@ def export(
         told = {"out": str(out), "format": form, "library": baked.library, **baked.summary()}
         return print_json(told) if as_json else say(words.stock(told))
     from ..export.onnx import export_onnx
+    from ..finding.inspection import native
 
+    if not force and active(loaded) is None and not native(loaded):
+        raise BadPlan(
+            f"{model} has no registers: give --plan FILE, as `testreg find --out FILE` wrote it, or a MODEL that "
+            f"`testreg patch` wrote. --force writes it as it is."
+        )
     dtype = next(loaded.parameters()).dtype
     export_onnx(loaded, out, dtype=dtype, replace=replace)
     told = {"out": str(out), "format": form, "dtype": str(dtype).removeprefix("torch.")}

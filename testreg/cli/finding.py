@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from ..runtime.errors import TestregError
+from ..runtime.errors import TestregError, UnsupportedModel
 from . import words
-from .console import wrapped, writable, writing
+from .console import note, wrapped, writable, writing
 from .group import (
     IMAGES,
+    Place,
     as_json,
     choices,
     load_both,
@@ -31,11 +32,14 @@ from .group import (
 @click.argument("model")
 @photos
 @choices
-@click.option("--plan", "plan_file", type=click.Path(), help="Use this plan, as `find --out` wrote it.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the patched checkpoint.")
-@click.option("--force", is_flag=True, help="Replace the checkpoint in --out; save even if the guard refuses.")
+@click.option("--plan", "plan_file", type=Place(), help="Use this plan, as `find --out` wrote it.")
+@click.option("--out", type=Place(path_type=Path), required=True, help="Directory of the patched checkpoint.")
+@click.option("--replace", is_flag=True, help="Replace the checkpoint that is there as --out.")
+@click.option("--force", is_flag=True, help="Take another model's plan; save even if the guard refuses.")
 @as_json
-def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bool, **given: Any) -> None:
+def patch(
+    model: str, out: Path, plan_file: str | None, replace: bool, force: bool, as_json: bool, **given: Any
+) -> None:
     """Find the register neurons of MODEL, verify the patch on held-out photos, and save the patched model.
 
     \b
@@ -43,8 +47,11 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 
     Nothing needs to be set: what no option fixes is found.
     """
+    taken = out.is_dir() and any(out.iterdir())
     loaded, plan = load_both(model, plan_file, given, patched=False, check=not force)
-    _, told = patch_and_save(loaded, plan, out, given, force=force)
+    _, told = patch_and_save(loaded, plan, out, given, replace=replace or force, force=force)
+    if taken and not replace:
+        note(f"--force has replaced what {out} held, as in version 0.1; the option for that alone is --replace.")
     if as_json:
         return print_json(told)
     say(words.patched(told))
@@ -54,7 +61,7 @@ def patch(model: str, out: Path, plan_file: str | None, force: bool, as_json: bo
 @click.argument("model")
 @photos
 @choices
-@click.option("--out", type=click.Path(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
+@click.option("--out", type=Place(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
 @click.option("--explain", is_flag=True, help="Show the candidates and every plan tried.")
 @click.option("--force", is_flag=True, help="Give the best plan even if the guard refuses it.")
 @as_json
@@ -81,14 +88,15 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     explanation = words.explanation(told) if explain else ""
     say(words.paragraphs(words.plan(plan.to_dict()), explanation, words.guard(told)))
     if out:
-        images = given["images"]
-        say(f"\nPlan in {out}. Apply it:\n\n    testreg patch {model} --images {images} --plan {out} --out DIRECTORY")
+        more = f"--processor {given['processor']} " if given["processor"] else ""
+        line = f"testreg patch {model} --images {given['images']} {more}--plan {out} --out DIRECTORY"
+        say(f"\nPlan in {out}. Apply it:\n\n    {line}")
 
 
 @main.command(short_help="Has a model the artefact? Patch norms per block.")
 @click.argument("model")
 @click.option("--images", **IMAGES)
-@click.option("--text", "text_file", type=click.Path(path_type=Path), help="A text, to look at a language model.")
+@click.option("--text", "text_file", type=Place(path_type=Path), help="A text, to look at a language model.")
 @click.option("--threshold", type=float, help="Norm from which on a patch is an outlier.")
 @running
 @as_json
@@ -107,7 +115,7 @@ def inspect(
     if (images is None) == (text_file is None):
         raise click.UsageError("give either --images, to look at a vision tower, or --text, at a language model.")
     if text_file:
-        from ..runtime.decoders import find_blocks
+        from ..finding.language import find_blocks
 
         read = look(load_model(model, given, check=find_blocks), text=text_file, batch_size=given["batch_size"])
         return print_json(read.to_dict()) if as_json else say(words.sinks(read.to_dict()), wrapped(read.verdict))
@@ -121,7 +129,7 @@ def inspect(
 
 
 def patch_and_save(
-    model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, force: bool
+    model: Any, plan: Any, out: Path, given: Mapping[str, Any], *, replace: bool, force: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """The main job: find, verify, save. The plan, and what there is to tell."""
     from .. import inspect, save
@@ -130,12 +138,17 @@ def patch_and_save(
     from ..finding.detect import threshold_of
     from ..finding.parallel import leads
 
-    free(out, model, force)
+    free(out, model, replace)
+    if type(model).__module__.startswith("transformers_modules."):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is of the checkpoint's own code, which no patched checkpoint brings along: "
+            f"`testreg find ... --out FILE` writes its plan, and testreg.patch(model, FILE) applies it in Python."
+        )
     plan = plan or _find(model, given, force=force)
     with install(model, plan):
         after = inspect(model, given["images"], threshold=threshold_of(plan), **running_with(given))
         if leads():
-            save(model, out, force=force)
+            save(model, out, replace=replace)
     return plan, {"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()}
 
 
@@ -154,6 +167,8 @@ def _find(model: Any, given: Mapping[str, Any], *, force: bool) -> Any:
 
     names = ("threshold", "top_k", "registers", "form", "entry", "recipe")
     wanted = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("sizes"):
+        wanted["sizes"] = given["sizes"]
     if given.get("blocks") is not None:
         wanted["blocks"] = span(given["blocks"], "--blocks", "3-8")
     return search(model, given["images"], force=force, **wanted, **running_with(given))

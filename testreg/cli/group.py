@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..runtime import __version__
 from ..runtime.errors import TestregError
 from .console import Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="testreg")
+@click.version_option(__version__, prog_name="testreg")
 def main(debug: bool) -> None:
     """Test-time registers for pretrained Vision Transformers, without training.
 
@@ -40,21 +44,67 @@ def options(*which: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
+GIVEN = "--family"  # what it describes is known by this name
+
+
+class Place(click.Path):
+    """A path of a file or folder; `~` is the home directory, also where the shell left it, as in `--out=~/plan`."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), parameter, context)
+
+
+def _described(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """Know the family that `--family` describes, as long as the command runs."""
+    if value is None:
+        return
+    from .. import FAMILIES, Family
+
+    try:
+        row: Any = ast.parse(f"Family({value})", mode="eval").body
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in row.keywords}
+        family = Family(*map(ast.literal_eval, row.args), **named)
+        if not all(isinstance(part, (str, tuple)) for part in (family.towers, family.blocks, family.down)):
+            raise TypeError(value)
+    except (SyntaxError, ValueError, TypeError, AttributeError) as error:
+        raise click.BadParameter(
+            f"{value!r} is no row of a family, as the error about a model of none prints it: "
+            f'\'"GardenViT", "trunk", "shrink", "attn", prefix=1\'.'
+        ) from error
+    FAMILIES[GIVEN] = family if "package" in named else replace(family, package="transformers_modules")
+    context.call_on_close(lambda: FAMILIES.pop(GIVEN, None))
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 loading = options(
     click.option("--device", help="Where to run, as torch names it: cpu, cuda, mps. Default: cuda where there is one."),
     click.option(
         "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: as in the checkpoint."
     ),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run the Python code that a checkpoint brings: look at it first."
+    ),
+    click.option(
+        "--family",
+        callback=_described,
+        expose_value=False,
+        metavar="ROW",
+        help="Describe a MODEL of no known family, by the row that its error prints.",
+    ),
 )
-IMAGES: dict[str, Any] = {"type": click.Path(), "help": "A folder of photos, or one; 16 to 64 are enough."}
+preparing = click.option(
+    "--processor",
+    help="How photos become inputs: a checkpoint that says it, or SIZE:MEAN:STD, as in 224:0.5:0.5. Default: MODEL's.",
+)
+IMAGES: dict[str, Any] = {"type": Place(), "help": "A folder of photos, or one; 16 to 64 are enough."}
 running = options(
     click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Photos at a time.", show_default=True),
     click.option("--workers", type=click.IntRange(min=0), help="Processes that decode photos. Default: this one."),
+    preparing,
     loading,
 )
 with_plan = click.option(
-    "--plan", "plan_file", type=click.Path(), help="Registers for a MODEL that has none, as `find --out` wrote them."
+    "--plan", "plan_file", type=Place(), help="Registers for a MODEL that has none, as `find --out` wrote them."
 )
 photos = options(click.option("--images", required=True, **IMAGES), running)
 choices = options(
@@ -63,7 +113,16 @@ choices = options(
     click.option("--top-k", type=int, help="Number of register neurons."),
     click.option("--registers", type=int, help="Number of registers."),
     click.option(
-        "--form", type=click.Choice(["dynamic", "constant"]), help="What the registers hold: maxima, or a constant."
+        "--form",
+        type=click.Choice(["attention", "constant", "dynamic"]),
+        help="Rows that attention alone sees, tokens that hold a constant, or tokens that get the neurons' maxima.",
+    ),
+    click.option(
+        "--size",
+        "sizes",
+        type=click.IntRange(min=1),
+        multiple=True,
+        help="A side in pixels at which the plan shall hold too; may be given again. Default: a smaller and a larger.",
     ),
     click.option("--entry", type=int, help="Block before which the registers join; 0 = with the embeddings."),
     click.option(
@@ -82,7 +141,9 @@ def load_model(
     import torch
 
     from ..checkpoints.original import is_patched, load_base
+    from ..images.processors import chosen
     from ..images.sources import existing
+    from ..images.takes import taken_by
     from ..runtime.modeling_testreg import load
 
     images = given.get("images") or ()
@@ -96,7 +157,12 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": getattr(torch, given["dtype"])} if given["dtype"] else {}
     if check:
         kwargs["check"] = check
-    loaded = load(model, **kwargs) if patched and is_patched(model) else load_base(model, **kwargs)
+    if patched and is_patched(model):
+        loaded = load(model, **kwargs)
+    else:
+        loaded = load_base(model, **kwargs, trust_remote_code=given.get("trust_remote_code", False))
+    if processor := given.get("processor"):
+        loaded.image_processor = chosen(processor, loaded, taken_by(loaded))
     return loaded.to(device)
 
 

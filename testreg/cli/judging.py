@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..runtime.errors import BadImages
 from . import words
 from .console import wrapped, writable, writing
-from .group import as_json, load_both, load_model, loading, main, print_json, say, span, with_plan
+from .group import Place, as_json, load_both, load_model, loading, main, preparing, print_json, say, span, with_plan
 
 TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
 
 
 @main.command(short_help="Measure a model without and with registers.")
 @click.argument("model")
-@click.option("--data", type=click.Path(), required=True, help="A folder of photos with the labels of the task.")
+@click.option("--data", type=Place(), required=True, help="A folder of photos with the labels of the task.")
 @click.option("--task", type=click.Choice(TASKS), required=True, help="What to measure.")
 @with_plan
 @click.option("--against", multiple=True, help="Another checkpoint to compare with, as it is; may be given again.")
@@ -29,7 +31,8 @@ TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "c
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
 @click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
 @click.option("--sweep", is_flag=True, help="With discovery: also other blocks, features and biases, reported apart.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path), help="Write the table here, as .json or .csv.")
+@click.option("--out", multiple=True, type=Place(path_type=Path), help="Write the table here, as .json or .csv.")
+@preparing
 @loading
 @as_json
 def evaluate(
@@ -75,7 +78,7 @@ def evaluate(
         data,
         _task(task, settings),
         plan=plan,
-        against={name: load_model(name, given, patched=True) for name in against},
+        against={name: _other(name, given) for name in against},
         baselines=baselines,
         limit=limit,
         progress=sys.stderr.isatty(),
@@ -93,10 +96,11 @@ def evaluate(
 
 @main.command(short_help="One HTML page: before and after.")
 @click.argument("model")
-@click.option("--images", type=click.Path(), required=True, help="A folder of photos.")
+@click.option("--images", type=Place(), required=True, help="A folder of photos.")
 @with_plan
-@click.option("--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
+@click.option("--out", type=Place(path_type=Path), default="report.html", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Use only the first photos.")
+@preparing
 @loading
 @as_json
 def report(model: str, images: str, plan_file: str | None, out: Path, limit: int, as_json: bool, **given: Any) -> None:
@@ -120,9 +124,10 @@ def report(model: str, images: str, plan_file: str | None, out: Path, limit: int
 
 @main.command(short_help="Draw norm maps and attention before and after.")
 @click.argument("model")
-@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.argument("images", nargs=-1, required=True, type=Place())
 @with_plan
-@click.option("--out", type=click.Path(path_type=Path), default="before_after.png", show_default=True)
+@click.option("--out", type=Place(path_type=Path), default="before_after.png", show_default=True)
+@preparing
 @loading
 @as_json
 def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, as_json: bool, **given: Any) -> None:
@@ -142,6 +147,18 @@ def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, 
     if as_json:
         return print_json({"picture": str(out)})
     say(f"Picture in {out}.")
+
+
+def _other(name: str, given: Mapping[str, Any]) -> Any:
+    """A model to compare with; `--processor` is for it too, where it has none of its own."""
+    from ..images.processors import processor_for
+
+    model = load_model(name, {**given, "processor": None}, patched=True)
+    try:
+        processor_for(model)
+    except BadImages:
+        return load_model(name, given, patched=True)
+    return model
 
 
 def _task(name: str, settings: dict[str, Any]) -> Any:

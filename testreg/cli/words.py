@@ -40,10 +40,21 @@ def plan(values: Mapping[str, Any]) -> str:
         if told["images"]["skipped"]:
             lines.append(f"           {told['images']['skipped']} files could not be read and were skipped")
     neurons = ", ".join(f"({block}, {neuron})" for block, neuron in pairs[:12]) + (", ..." if len(pairs) > 12 else "")
-    where = "with the embeddings" if values["entry"] == 0 else f"before block {values['entry']}"
-    kind = {"dynamic": "zeros that receive the neurons' maxima", "constant": "the outliers' mean state"}
+    where = "joining with the embeddings" if values["entry"] == 0 else f"joining before block {values['entry']}"
+    if values["form"] == "attention":
+        where = f"in front of every attention from block {values['entry']} on"
+    kind = {
+        "dynamic": "holding zeros that receive the neurons' maxima",
+        "constant": "holding the outliers' mean state",
+        "attention": "seen by nothing else",
+    }
     lines.append(f"Neurons    {len(pairs)} (block, neuron): {neurons}")
-    lines.append(f"Registers  {values['registers']}, joining {where}, holding {kind[values['form']]}")
+    lines.append(f"Registers  {values['registers']}, {where}, {kind[values['form']]}")
+    if values.get("law") and values["law"]["slope"]:
+        law = values["law"]
+        lines.append(
+            f"           {law['slope']:.4f} for every patch and {law['offset']:.2f}, rounded: as the size needs"
+        )
     return "\n".join(lines)
 
 
@@ -68,15 +79,37 @@ def guard(told: Mapping[str, Any]) -> str:
     if "guard" not in told:
         return ""
     score = told["guard"]
-    return "\n".join(
-        [
-            f"Held out   {score['images']} photos on which nothing was chosen",
-            f"           outlier patches          {told['before']['outlier_patches']:.2%} -> {score['left']:.2%}",
-            f"           same top-1 answer        {score['agreement']:.1%}",
-            f"           cosine of the output     {score['cosine']:.4f}",
-            f"           cosine of other patches  {score['features']:.4f}",
-        ]
-    )
+    same = _span(score.get("same_top_1_interval"), ".1%")
+    output = _span(score.get("output_cosine_interval"), ".4f")
+    lines = [
+        f"Held out   {score['images']} photos on which nothing was chosen; 95 % intervals",
+        f"           outlier patches          {told['before']['outlier_patches']:.2%} -> {score['left']:.2%}",
+        f"           same top-1 answer        {score['agreement']:.1%}{same}",
+        f"           cosine of the output     {score['cosine']:.4f}{output}",
+        f"           cosine of other patches  {score['features']:.4f}",
+    ]
+    return "\n".join([*lines, *sizes(told.get("sizes", ()))])
+
+
+def sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a plan does at other sizes, a line each."""
+    lines = []
+    for row in rows:
+        side = "{}x{}".format(*row["side"])
+        if "refused" in row:
+            lines.append(f"           {side:<9} the model does not take this size: {row['refused']}")
+            continue
+        lines.append(
+            f"           {side:<9} {row['registers']} registers for {row['patches']} patches; outliers "
+            f"{row['before']:.2%} -> {row['left']:.2%}, same top-1 {row['agreement']:.0%}, cosine {row['cosine']:.4f}"
+        )
+    images = max((row.get("images", 0) for row in rows), default=0)
+    return ["", f"Sizes      {images} photos each", *lines] if lines else []
+
+
+def _span(interval: Sequence[float] | None, form: str) -> str:
+    """An interval in brackets, where there is one."""
+    return "" if interval is None else "  [{}, {}]".format(*(format(end, form) for end in interval))
 
 
 def explanation(told: Mapping[str, Any]) -> str:

@@ -72,20 +72,23 @@ def demo_photos(count: int, seed: int = 0) -> list[Image.Image]:
     return crops
 
 
-def write(directory: Path, *, force: bool = False) -> tuple[Path, Path]:
+def write(directory: Path, *, replace: bool = False) -> tuple[Path, Path]:
     """The demonstration's checkpoint, with its image processor, and photos, in a directory.
+
+    Args:
+        replace: use a directory that holds an earlier demonstration.
 
     Returns:
         The checkpoint's directory and that of the photos.
 
     Raises:
-        BadCheckpoint: the directory is in use, and `force` is not given, or cannot be written.
+        BadCheckpoint: the directory is in use, and `replace` is not given, or cannot be written.
         BadImages: scikit-image is not installed.
     """
     checkpoint, photos = directory / "planted-vit", directory / "photos"
     try:
-        if directory.exists() and any(directory.iterdir()) and not (force and checkpoint.is_dir()):
-            raise BadCheckpoint(f"{directory} is not empty: choose another directory with --out, or pass --force.")
+        if directory.exists() and any(directory.iterdir()) and not (replace and checkpoint.is_dir()):
+            raise BadCheckpoint(f"{directory} is not empty: choose another directory with --out, or pass --replace.")
         photos.mkdir(parents=True, exist_ok=True)
         for index, photo in enumerate(demo_photos(64)):
             photo.save(photos / f"{index:02d}-{PHOTOS[index % len(PHOTOS)]}.jpg", quality=95)

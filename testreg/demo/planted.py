@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import UnsupportedModel
-from ..runtime.families import Tower, find_tower, reach
+from ..runtime.paths import reach
+from ..runtime.towers import Tower, find_tower
 
 # LayerNorm, learnt position embeddings, separate query, key and value linears.
 PLANTABLE = ("vit", "deit", "dinov2", "dinov2-with-registers", "clip", "siglip")

@@ -6,15 +6,18 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..finding.still import still
 from ..runtime.errors import BadCheckpoint, Harmful, TestregError, UnsupportedModel
-from ..runtime.families import find_tower, reach
 from ..runtime.modeling_testreg import load
+from ..runtime.paths import reach
+from ..runtime.towers import find_tower
 
 BATCHES = (1, 8)  # sizes that the file is checked with; it takes any
 # In float32 of the largest error, relative to the largest value or to 1; in float16 of the error's norm, relative to
@@ -35,7 +38,8 @@ def export_onnx(
 
     Args:
         model: patched, baked or neither; or the directory or hub name of a checkpoint that `testreg.save` wrote. It is
-            not changed. Of a model that also reads text, the vision tower is exported.
+            not changed. Of a model that also reads text, the vision tower is exported; of one that masks random patches
+            in evaluation mode too, as ViT-MAE does, what it makes of all of them.
         file: `NAME.onnx`; weights of more than 1.9 GB lie beside it, in `NAME.onnx.data`.
         dtype: float32 or float16, of weights and images.
         size: height and width of the images, by default those of the model's configuration.
@@ -64,7 +68,7 @@ def export_onnx(
     loaded: Any = model if isinstance(model, nn.Module) else load(model)
     plain = _Plain(copy.deepcopy(_of_images(loaded)), dtype).eval()
     example = torch.randn(2, *_shape(plain.inner, size), generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.no_grad():
+    with plain.still():
         names = list(plain.named(example))
         try:
             program = torch.onnx.export(
@@ -110,6 +114,12 @@ class _Plain(nn.Module):
     def __init__(self, model: Any, dtype: torch.dtype):
         super().__init__()
         self.inner: Any = model.to("cpu", dtype)
+
+    def still(self) -> AbstractContextManager[None]:
+        try:
+            return still(self, find_tower(self.inner))
+        except UnsupportedModel:  # of no known family, so nothing is known of what it draws
+            return still(self)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.named(pixel_values).values())
@@ -174,7 +184,7 @@ def _compare(plain: _Plain, file: Path, names: list[str], example: Tensor, dtype
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     for batch in BATCHES:
         images = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(batch)).to(dtype)
-        with torch.no_grad():
+        with plain.still():
             expected = plain.named(images)
         got = session.run(names, {"pixel_values": images.numpy()})
         for name, value in zip(names, got, strict=True):

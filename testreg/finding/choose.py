@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import BadPlan, Harmful
-from ..runtime.families import Tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from .detect import Artefact, Candidate, Ranking, rank
+from .kinds import Kinds
 from .scan import Kept, look, stack, together
 from .trial import Bench, Score
 
 MOST_REGISTERS = 16
 GONE = 0.01  # of the outliers may stay
 SAME = 1.05  # times the least drift is as good: then the smaller or the earlier plan is better
+SLIGHT = 2.5e-4  # and what is no further from it, since nobody tells cosines of .9999 apart
 PATIENCE = 2  # larger sets in a row that are no better end the search for one
 ROUNDS = 3  # rankings, where one set leaves outliers
 PAPER_NEURONS = 10
@@ -34,9 +36,10 @@ class Wanted:
     blocks: tuple[int, int] | None = None
     top_k: int | None = None
     registers: int | None = None
-    form: Literal["dynamic", "constant"] | None = None
+    form: Literal["dynamic", "constant", "attention"] | None = None
     entry: int | None = None
     recipe: Literal["auto", "paper"] = "auto"
+    sizes: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Search:
         self.bench = Bench(model, tower, tried, found.threshold, found.block, batch_size)
         first, last = wanted.blocks or (0, found.block)
         self.blocks = range(first, last + 1)
-        self.form = wanted.form or ("dynamic" if wanted.entry == 0 or wanted.recipe == "paper" else "constant")
+        self.form = wanted.form or ("dynamic" if wanted.entry == 0 or wanted.recipe == "paper" else "attention")
         self.entries = self._entries()
         self.ranking = self._rank(ranked)
         self.candidates = list(self.ranking.candidates)
@@ -117,7 +120,7 @@ class Search:
         for candidate in sorted(self.candidates[:neurons], key=lambda candidate: candidate.neuron):
             rows.setdefault(candidate.block, []).append(candidate)
         rest = {block: tuple(candidate.ordinary for candidate in row) for block, row in rows.items()}
-        state = None if (form or self.form) == "dynamic" else kinds(self.ranking.states[entry], states, registers)
+        state = None if (form or self.form) == "dynamic" else self._state(form or self.form, registers, entry, states)
         chosen = {block: tuple(candidate.neuron for candidate in row) for block, row in rows.items()}
         return RegisterPlan(chosen, registers, entry, state, rest=None if zero else rest)
 
@@ -134,11 +137,26 @@ class Search:
         entry = self._winner().entry
         if wanted.registers is None:
             registers = self._registers(neurons, registers, entry)
-        if self.form == "constant":
+        if self.form != "dynamic":
             self._kinds(neurons, registers, entry)
-        if wanted.form is None and self.form == "constant":
+        if wanted.form is None and self.form == "attention":
+            if entry:
+                self._try("as tokens", self.plan(neurons, registers, entry, "constant"))
             self._try("as in the paper", self.plan(neurons, registers, wanted.entry or 0, "dynamic"))
         return self._winner()
+
+    def _outliers(self, entry: int) -> Tensor:
+        """What outliers are where registers join `(outliers, channels)`: before a block, or in its attention."""
+        states = self.ranking.states
+        return states[entry] if entry in states else self.ranking.rows[entry]
+
+    def _state(self, form: str, registers: int, entry: int, count: int) -> Tensor:
+        """What registers of `count` kinds hold that stand for the outliers: as tokens, or in attention alone."""
+        kinds = Kinds(self._outliers(entry), count)
+        if form == "constant":
+            return kinds.mean(self.ranking.states[entry], registers)  # (registers, channels)
+        rows = [kinds.mean(self.ranking.rows[block], registers) for block in range(entry, len(self.tower.blocks))]
+        return torch.stack(rows)  # (blocks from the entry on, registers, channels)
 
     def _entries(self) -> list[int]:
         """Where registers may join, the likeliest first: where the outliers are written, after, or before that."""
@@ -155,7 +173,7 @@ class Search:
         done = 0
         for _ in range(ROUNDS):
             clean: list[tuple[int, Score]] = []
-            for count in sizes(len(self.candidates)):
+            for count in sizes_up_to(len(self.candidates)):
                 if count <= done:
                     continue
                 score = self._try("how many neurons", self.plan(count, registers, entry)).score
@@ -165,14 +183,14 @@ class Search:
                 if len(clean) > PATIENCE and all(score.drift > least for _, score in clean[-PATIENCE:]):
                     break
             if clean:
-                return next(count for count, score in clean if score.drift <= SAME * least)
+                return next(count for count, score in clean if as_good(score.drift, least))
             done = len(self.candidates)
             if not self._look_again(self.plan(done, registers, entry)):
                 break
         return done
 
     def _rank(self, images: list[Kept]) -> Ranking:
-        entries = [entry for entry in self.entries if entry]
+        rows = self.form == "attention"
         return rank(
             self.model,
             self.tower,
@@ -180,7 +198,8 @@ class Search:
             self.found,
             self.batch_size,
             blocks=self.blocks,
-            entries=entries,
+            entries=[entry for entry in self.entries if entry or rows],
+            rows=rows,
             by_activation=self.wanted.recipe == "paper",
         )
 
@@ -205,17 +224,11 @@ class Search:
             score = self._try("how many registers", self.plan(neurons, count, entry)).score
             return score.drift if self._clean(score) else float("inf")
 
-        best, least = registers, drift(registers)
-        for step in (1, -1):
-            while 1 <= best + step <= MOST_REGISTERS and (found := drift(best + step)) * SAME < least:
-                best, least = best + step, found
-            if best != registers:
-                break
-        return best
+        return climb(registers, drift, most=MOST_REGISTERS)
 
     def _kinds(self, neurons: int, registers: int, entry: int) -> None:
         """Registers with states of their own, if outlier states differ: more kinds while it gets better."""
-        states = self.ranking.states[entry]
+        states = self._outliers(entry)
         if torch.nn.functional.cosine_similarity(states, states.mean(0)[None]).mean() > ALIKE:
             return
         least = self._try("how many registers", self.plan(neurons, registers, entry)).score.drift
@@ -242,35 +255,33 @@ class Search:
         if not clean:
             return min(self.trials, key=lambda trial: (trial.score.left, trial.score.drift)).plan
         least = min(trial.score.drift for trial in clean)
-        good = [trial for trial in clean if trial.score.drift <= SAME * least]
-        return min(good, key=lambda trial: (len(trial.plan.pairs), trial.score.drift, trial.plan.registers)).plan
+        good = [trial for trial in clean if as_good(trial.score.drift, least)]
+        return min(good, key=self._preferred).plan
+
+    @staticmethod
+    def _preferred(trial: Trial) -> tuple[Any, ...]:
+        """Among plans that are as good: few neurons, then the form that costs least, then the least drift."""
+        plan = trial.plan
+        return len(plan.pairs), plan.form != "attention", trial.score.drift, plan.registers
 
 
-def kinds(states: Tensor, count: int, registers: int) -> Tensor:
-    """States `(registers, channels)` for registers that stand for outliers of `count` kinds.
-
-    Outlier states `(outliers, channels)` are parted by direction (k-means from seeds that lie far apart, so that
-    nothing is left to chance); each kind gets registers by its share of outliers, at least one, which hold its mean.
-    """
-    directions = torch.nn.functional.normalize(states, dim=1)
-    seeds = [int((directions @ directions.mean(0)).argmax())]
-    while len(seeds) < min(count, len(states)):
-        seeds.append(int((directions @ directions[seeds].T).amax(1).argmin()))
-    centres = directions[seeds]
-    for _ in range(20):
-        kind = (directions @ centres.T).argmax(1)  # (outliers,)
-        means = [directions[kind == index].mean(0) for index in range(len(centres)) if (kind == index).any()]
-        centres = torch.nn.functional.normalize(torch.stack(means), dim=1)
-    kind = (directions @ centres.T).argmax(1)
-    sizes = torch.bincount(kind, minlength=len(centres))
-    shares = torch.ones(len(centres), dtype=torch.long)
-    while shares.sum() < registers:  # the next register goes where the most outliers share one
-        shares[(sizes / shares).argmax()] += 1
-    rows = torch.stack([states[kind == index].mean(0) for index in range(len(centres))])
-    return rows.repeat_interleave(shares, dim=0)[:registers]
+def climb(start: int, drift: Callable[[int], float], *, most: int, step: int = 1) -> int:
+    """The number of registers that is reached from `start` in steps, as long as the drift gets clearly less."""
+    best, least = start, drift(start)
+    for stride in (step, -step):
+        while 1 <= best + stride <= most and (found := drift(best + stride)) * SAME < least:
+            best, least = best + stride, found
+        if best != start:
+            break
+    return best
 
 
-def sizes(most: int) -> Iterator[int]:
+def as_good(drift: float, least: float) -> bool:
+    """Whether a plan of this drift is as good as one of the least."""
+    return drift <= max(SAME * least, least + SLIGHT)
+
+
+def sizes_up_to(most: int) -> Iterator[int]:
     """1, 2, ... 8, then about a quarter more each, up to `most`."""
     size = 1
     while size < most:

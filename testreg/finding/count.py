@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..images.streaming import Batch, ImageStream
-from ..runtime.errors import BadImages, ImagesRepeated, ImagesSkipped
-from ..runtime.families import Tower
+from ..runtime.errors import BadImages, ImagesRepeated
+from ..runtime.towers import Tower
 from .scan import SAMPLE, Norms, Sample, scan
 
 MANY = 0.1  # share of the images that repeat others
@@ -62,17 +60,8 @@ def count(model: nn.Module, tower: Tower, batches: ImageStream, progress: bool, 
                 bar.update(len(batch))
 
     norms, sample = scan(model, tower, counting(), size)
-    _tell_skipped(batches)
+    batches.warn()
     return Counted(norms, sample, len(batches.skipped), names)
-
-
-def _tell_skipped(batches: ImageStream) -> None:
-    skipped, ignored = batches.skipped, batches.ignored
-    if skipped:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) + ("; ..." if skipped[3:] else "")
-        others = f", and {ignored} of other kinds" if ignored else ""
-        message = f"skipped {len(skipped)} of {len(skipped) + batches.count} image files{others}: {reasons}"
-        warnings.warn(message, ImagesSkipped, stacklevel=2)
 
 
 def total(parts: list[Counted], batches: ImageStream) -> Counted:
@@ -89,16 +78,3 @@ def total(parts: list[Counted], batches: ImageStream) -> Counted:
         message = f"only {different} of {images} images are different; each is counted as often as it comes"
         warnings.warn(message, ImagesRepeated, stacklevel=2)
     return counted
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the `with`; every module's mode as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics.outliers import BlockNorms
-from ..runtime.decoders import matrix
 from ..runtime.errors import BadPlan
-from ..runtime.families import Tower, reach
 from ..runtime.offload import present
+from ..runtime.paths import reach
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from .observe import run
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
@@ -26,7 +26,7 @@ STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
 SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
 FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
-SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2")  # what multiplies an MLP's output
+SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2", "ls2")
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,14 @@ class Ranking:
     Attributes:
         candidates: best first.
         states: block -> its input at the outliers `(outliers, channels)`, for blocks around the first with outliers.
+        rows: block -> its attention's input at the outliers `(outliers, channels)`, from the first of these blocks on.
         per_image: mean number of outliers in images that have any.
         positions: the patches that are outliers in nearly every image, where nearly all outliers are there; else empty.
     """
 
     candidates: tuple[Candidate, ...]
     states: dict[int, Tensor]
+    rows: dict[int, Tensor]
     per_image: float
     positions: tuple[int, ...]
 
@@ -177,8 +179,9 @@ def rank(
     found: Artefact,
     batch_size: int,
     *,
-    blocks: Collection[int],
+    blocks: range,
     entries: Collection[int],
+    rows: bool = False,
     by_activation: bool = False,
 ) -> Ranking:
     """Rank neurons by what they contribute to the outliers.
@@ -188,13 +191,14 @@ def rank(
     Args:
         images: kept images, whose norms tell the outliers.
         blocks: where register neurons may be.
-        entries: blocks, from 1, whose input at the outliers is wanted.
-        by_activation: score every neuron by its mean activation at outliers alone, as published (arXiv 2506.08010,
-            section 4.1).
+        entries: blocks whose input at the outliers is wanted.
+        rows: what attention is given at the outliers is wanted too, in these blocks and all behind them.
+        by_activation: score neurons by their mean activation at outliers alone, as in arXiv 2506.08010, section 4.1.
     """
     sums, streams = ({block: _Sums() for block in blocks} for _ in range(2))
-    states: dict[int, list[Tensor]] = {entry: [] for entry in entries}
-    last = max([*blocks, *(entry - 1 for entry in entries)])
+    states: dict[int, list[Tensor]] = {entry: [] for entry in entries if entry}
+    given: dict[int, list[Tensor]] = {block: [] for block in (range(min(entries), len(tower.blocks)) if rows else ())}
+    last = max([*blocks, *(entry - 1 for entry in states), *given])
     for batch in together(images, batch_size):
         outliers = torch.stack([found.threshold.outliers(image.norms[found.shown]) for image in batch])
 
@@ -208,9 +212,18 @@ def rank(
                 raise Enough
 
         def activations(index: int, outliers: Tensor = outliers) -> Any:
-            return lambda module, args: sums[index].add(args[0][:, -outliers.shape[1] :], outliers)
+            return lambda module, args: sums[index].add(tower.batched(args[0])[:, -outliers.shape[1] :], outliers)
+
+        def into_attention(index: int, outliers: Tensor = outliers) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                patches = tower.batched(args or tuple(kwargs.values()))[:, -outliers.shape[1] :]
+                given[index].append(patches[outliers.to(patches.device)].float().cpu())
+
+            return hook
 
         handles = [tower.downs[index].register_forward_pre_hook(activations(index)) for index in blocks]
+        for index in given:
+            handles.append(tower.attentions[index].register_forward_pre_hook(into_attention(index), with_kwargs=True))
         try:
             with outputs(tower, read), suppress(Enough):
                 run(model, stack(batch))
@@ -227,8 +240,10 @@ def rank(
     )
     counts = [int(found.threshold.outliers(image.norms[found.shown]).sum()) for image in images]
     per_image = sum(counts) / max(1, sum(count > 0 for count in counts))
-    joined = {entry: torch.cat(rows) for entry, rows in states.items() if rows}
-    return Ranking(tuple(chosen), joined, per_image, locked(images, found))
+    joined, in_attention = (
+        {block: torch.cat(parts) for block, parts in kept.items() if parts} for kept in (states, given)
+    )
+    return Ranking(tuple(chosen), joined, in_attention, per_image, locked(images, found))
 
 
 def locked(images: list[Kept], found: Artefact) -> tuple[int, ...]:
@@ -270,11 +285,11 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
     at_outliers, at_ordinary, _ = stream.means()  # (channels,)
     away = torch.nn.functional.normalize(at_outliers - at_ordinary, dim=0)
     with present(tower.blocks[block]):
-        scale = reach(tower.blocks[block], SCALES)
+        scale = reach(tower.blocks[block], SCALES)  # what multiplies the MLP's output
         if isinstance(scale, Tensor):
             away = away * scale.detach().double().cpu()
         down: Any = tower.downs[block]
-        weight = matrix(down).detach().double().cpu()  # (channels, neurons)
+        weight = down.weight.detach().double().cpu()  # (channels, neurons)
     contrast = outliers - ordinary
     scores = outliers if by_activation else contrast * (away @ weight)
     selective = contrast.square() > SELECTIVE**2 * (ordinary.square() + spread.square())

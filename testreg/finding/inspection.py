@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from ..images.streaming import stream
 from ..metrics.outliers import BlockNorms
 from ..metrics.sinks import EPSILON, received
 from ..runtime.errors import UnsupportedModel
-from ..runtime.families import Tower, find_tower, reach
+from ..runtime.paths import reach
+from ..runtime.towers import Tower, find_tower
 from . import language
-from .count import Counted, count, quiet, total
+from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .observe import observe, run
-from .parallel import share, shared
 from .scan import Kept
+from .survey import Running, Survey, spelled_out
 from .text_inspection import TextInspection
 from .trial import Threshold
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+NATIVE = (
+    "config.num_register_tokens",
+    "config.num_registers",
+    "num_reg_tokens",
+    "num_register_tokens",
+    "n_storage_tokens",
+    "patch_generator.num_registers",
+)
 FEW = 4  # images whose attention maps are looked at
 
 
@@ -110,28 +121,19 @@ class Inspection:
 
 @overload
 def inspect(
-    model: nn.Module,
-    images: Any,
-    *,
-    processor: Callable[..., Any] | None = None,
-    batch_size: int = 16,
-    workers: int = 0,
-    threshold: float | Threshold | None = None,
-    progress: bool = False,
+    model: nn.Module, images: Any, *, threshold: float | Threshold | None = None, **running: Unpack[Running]
 ) -> Inspection: ...
 @overload
 def inspect(model: nn.Module, *, text: Any, tokenizer: Any = None, batch_size: int = 16) -> TextInspection: ...
+@spelled_out
 def inspect(
     model: nn.Module,
     images: Any = None,
     *,
-    processor: Callable[..., Any] | None = None,
-    batch_size: int = 16,
-    workers: int = 0,
     threshold: float | Threshold | None = None,
-    progress: bool = False,
     text: Any = None,
     tokenizer: Any = None,
+    **running: Unpack[Running],
 ) -> Inspection | TextInspection:
     """Patch norms per block and a verdict, of the model as it is, patched or not; arguments as in `find`.
 
@@ -142,13 +144,15 @@ def inspect(
         BadImages, UnsupportedModel, BadPlan, TestregError: what was given cannot be used.
     """
     if text is not None:
-        return language.inspect(model, text, tokenizer=tokenizer, batch_size=batch_size)
+        size = running.get("batch_size", Survey.batch_size)
+        return language.inspect(model, text, tokenizer=tokenizer, batch_size=size)
     tower = find_tower(model)
     check_threshold(threshold)
-    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
+    if tower.row.packed:
+        running["batch_size"] = 1  # images of one sequence are told apart by being alone
+    survey = Survey(model, tower, images, **running)
 
-    def decide(parts: list[Counted]) -> Inspection:
-        counted = total(parts, batches)
+    def decide(counted: Counted) -> Inspection:
         norms, limit = counted.norms, chosen(counted.norms, threshold)
         return Inspection(
             blocks=table(norms, limit),
@@ -161,8 +165,7 @@ def inspect(
             attention=_attending(model, tower, counted.sample),
         )
 
-    with quiet(model):
-        return shared(lambda: count(model, tower, batches, progress, size=FEW), decide)
+    return survey.decide(decide, size=FEW)
 
 
 class _Received(dict[int, Tensor]):
@@ -196,5 +199,10 @@ def _attending(model: nn.Module, tower: Tower, images: Iterable[Kept]) -> Attend
     return Attending(*torch.stack(rows).mean(0).tolist())
 
 
+def native(model: nn.Module) -> int:
+    """How many registers a model was trained with."""
+    return _native(find_tower(model))
+
+
 def _native(tower: Tower) -> int:
-    return int(reach(tower.module, ("config.num_register_tokens", "num_reg_tokens")) or 0)
+    return int(reach(tower.module, NATIVE) or 0)

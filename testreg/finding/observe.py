@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..runtime.decoders import find_decoder
+from ..images.takes import PIXELS
 from ..runtime.errors import UnsupportedModel
-from ..runtime.families import Tower, find_tower
+from ..runtime.forwards import names as arguments_of
 from ..runtime.installer import Patch, active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
+from . import maps
+from .still import still
 
 NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts, so this one switches the others off
 
@@ -47,17 +49,17 @@ def observe(
     Raises:
         UnsupportedModel: the model's attention gives no maps, or has no key projection that can be read.
     """
-    tower, seen = find_tower(model), Seen()
+    tower, seen, ear = find_tower(model), Seen(), maps.Ear()
     handles: list[Any] = []
     attentions = tuple(attentions)
     try:
         for block in states:
-            handles.append(tower.blocks[block].register_forward_hook(_keep_state(seen, block)))
+            handles.append(tower.blocks[block].register_forward_hook(_keep_state(tower, seen, block)))
         for block in keys:
             handles.append(_keep_keys(tower, seen, block))
         for block in attentions:
-            handles += _keep_attention(tower, seen, block)
-        with eager(tower.module) if attentions else _unchanged():
+            handles += _keep_attention(tower, seen, block, ear)
+        with _giving_maps(tower, ear) if attentions else _unchanged():
             yield seen
     finally:
         for handle in handles:
@@ -70,66 +72,80 @@ def unpatched(model: nn.Module) -> Patch:
 
 
 def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) -> Any:
-    """One forward pass without gradients, at any image size that the model can take.
+    """One forward pass in evaluation mode, without gradients and luck, at any image size that the model can take.
 
     Args:
         inputs: what the image processor gives, on any device and in any float type.
         whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
     """
-    if "input_ids" in inputs:
-        return read_text(model, find_decoder(model), inputs["input_ids"])
     tower = find_tower(model)
-    module = model if whole and getattr(model, "main_input_name", "") == "pixel_values" else tower.module
+    module = model if whole and _takes_images_alone(model) else tower.module
     weight = next(module.parameters())
     device = "cpu" if weight.is_meta else weight.device  # accelerate takes them to where it loads the weights
     placed: dict[str, Any] = {
         name: value.to(device, weight.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
-    names = inspect.signature(module.forward).parameters
+    names = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters  # of what is compiled, if so
+    if tower.row.packed:
+        placed = _packed(placed, tower, names)
     if "interpolate_pos_encoding" in names:
         placed["interpolate_pos_encoding"] = True  # changes nothing at the size the model was trained at
-    first = () if "pixel_values" in names or "pixel_values" not in placed else (placed.pop("pixel_values"),)  # timm's x
-    with torch.no_grad():
+    if "skip_predictor" in names:
+        placed["skip_predictor"] = True  # what V-JEPA guesses of masked patches, at the cost of a second model
+    given = next((name for name in PIXELS if name in placed), None)
+    first = () if given is None or given in names else (placed.pop(given),)  # timm's x
+    with still(module, tower):
         return module(*first, **placed)
 
 
-def grid(height: int, width: int, patches: int) -> tuple[int, int]:
-    """Rows and columns of `patches` square patches that cover an image of `height` by `width` pixels.
-
-    Raises:
-        UnsupportedModel: no grid of square patches has that many.
-    """
-    for size in range(1, min(height, width) + 1):  # both counts only fall with the size, so the first match is the one
-        if (height // size) * (width // size) == patches:
-            return height // size, width // size
-    raise UnsupportedModel(
-        f"{patches} patches are no grid of square ones on an image of {height} × {width} pixels; "
-        f"maps can only be drawn for models that keep every patch in its place."
-    )
+def _takes_images_alone(model: nn.Module) -> bool:
+    if getattr(model, "main_input_name", "") not in PIXELS:
+        return False
+    wanted = inspect.signature(model.forward).parameters.values()
+    needed = [one.name for one in wanted if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return set(needed) <= set(PIXELS)
 
 
-def _keep_state(seen: Seen, block: int) -> Any:
+def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> dict[str, Any]:
+    """Inputs with an axis of images as a packed tower has them: without it, and called as its arguments are."""
+    pixels = inputs["pixel_values"]  # (images, patches, ...), or (images, channels, height, width)
+    if any("grid" in name for name in inputs) and not tower.row.batch_of_patches:
+        pixels = pixels.flatten(0, 1)  # (patches, ...)
+    called = {name: name if name in names else name.removeprefix("image_") for name in inputs}
+    return {**{called[name]: value for name, value in inputs.items()}, "pixel_values": pixels}
+
+
+def _keep_state(tower: Tower, seen: Seen, block: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen.states[block] = output[0] if isinstance(output, tuple) else output
+        seen.states[block] = tower.batched(output)
 
     return hook
 
 
-def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
+def _keep_attention(tower: Tower, seen: Seen, block: int, ear: maps.Ear) -> list[Any]:
     attention: Any = tower.attentions[block]
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
+        heard = ear.taken()
+        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+            images = len(tower.batched(output))
+            heard = output[1] if output[1].ndim > 3 else output[1].unflatten(0, (images, -1))
+        if heard is None:
             raise UnsupportedModel(
                 f"the attention of {type(tower.module).__name__} ({type(module).__name__}) gives no attention maps, "
                 f"with the eager implementation either."
             )
-        seen.attentions[block] = output[1]
+        seen.attentions[block] = heard
 
     def weights(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         registers = _registers(tower, block)
         seen.attentions[block] = args[0][..., registers:, registers:]
 
+    def listen(module: nn.Module, args: Any) -> None:
+        ear.listen(lambda: _registers(tower, block))
+
+    if tower.row.packed and tower.row.segments:
+        return [attention.register_forward_hook(_keep_segments(tower, seen, block), with_kwargs=True)]
     if isinstance(attention, nn.MultiheadAttention):
         wanted = {"need_weights": True, "average_attn_weights": False}
         asked = attention.register_forward_pre_hook(
@@ -138,7 +154,20 @@ def _keep_attention(tower: Tower, seen: Seen, block: int) -> list[Any]:
         return [asked, attention.register_forward_hook(hook)]
     if isinstance(getattr(attention, "fused_attn", None), bool):  # timm's, whose weights pass a dropout
         return [attention.attn_drop.register_forward_pre_hook(weights), _Unfused(attention)]
-    return [attention.register_forward_hook(hook)]
+    dropout = getattr(attention, "attn_drop", None)
+    passed = [dropout.register_forward_pre_hook(lambda module, args: ear.hear(args[0]))] if dropout is not None else []
+    return [attention.register_forward_pre_hook(listen), attention.register_forward_hook(hook), *passed]
+
+
+def _keep_segments(tower: Tower, seen: Seen, block: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = {**dict(zip(arguments_of(module), args, strict=False)), **kwargs}
+        found = maps.collected(module, given[tower.row.segments or ""])
+        if found is None:
+            raise UnsupportedModel(f"the attention of {type(tower.module).__name__} leaves no map of each image.")
+        seen.attentions[block] = found
+
+    return hook
 
 
 class _Unfused:
@@ -155,28 +184,32 @@ class _Unfused:
 def _registers(tower: Tower, block: int) -> int:
     """How many registers are in front of the tokens inside a block now."""
     current = active(tower.module)
-    return current.plan.registers if current and block >= current.plan.entry else 0
+    return int(current.inside) if current and block >= current.plan.entry else 0
 
 
 def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
     attention = tower.attentions[block]
 
     def keep(keys: Tensor) -> None:
-        seen.keys[block] = keys[:, _registers(tower, block) :]
+        seen.keys[block] = tower.turned(keys)[:, _registers(tower, block) :]
 
+    if tower.row.packed:
+        raise UnsupportedModel(
+            f"{type(tower.module).__name__} packs all images into one sequence: its keys cannot be read image by image."
+        )
     for name, part in attention.named_modules():
         last = name.split(".")[-1]
         if last in ("k_proj", "key"):
             return part.register_forward_hook(lambda module, args, output: keep(output))
-        if last == "qkv":  # one linear for queries, keys and values
+        if last in ("qkv", "in_proj"):  # one linear for queries, keys and values
             return part.register_forward_hook(lambda module, args, output: keep(output.chunk(3, dim=-1)[1]))
-    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None:
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    weight, bias = (getattr(attention, f"in_proj_{name}", None) for name in ("weight", "bias"))
+    if isinstance(weight, Tensor):
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            source = args[1] if len(args) > 1 else kwargs["key"]
-            keys = nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1])
-            keep(keys if attention.batch_first else keys.transpose(0, 1))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            several = isinstance(attention, nn.MultiheadAttention) and len(args) > 1  # queries, keys and values
+            source = kwargs["key"] if "key" in kwargs else args[1] if several else args[0]
+            keep(nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]))
 
         return attention.register_forward_pre_hook(hook, with_kwargs=True)
     raise UnsupportedModel(
@@ -201,12 +234,11 @@ def eager(module: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _giving_maps(tower: Tower, ear: maps.Ear) -> Iterator[None]:
+    with maps.leaving(tower) if tower.row.packed and tower.row.segments else eager(tower.module), ear.open():
+        yield
+
+
+@contextmanager
 def _unchanged() -> Iterator[None]:
     yield
-
-
-def read_text(model: Any, tower: Tower, ids: Tensor) -> None:
-    """One pass of a language model, without its head and without gradients, over ids `(sequences, tokens)`."""
-    device = model.get_input_embeddings().weight.device
-    with torch.no_grad():
-        tower.module(input_ids=ids.to("cpu" if device.type == "meta" else device), use_cache=False)

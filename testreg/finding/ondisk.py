@@ -32,7 +32,7 @@ class OnDisk(Mapping[str, Tensor]):
         except OSError as error:
             size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
             raise TestregError(
-                f"no room for a temporary file of {size:.1f} MiB, of which a few dozen are needed ({error}): make "
+                f"no room for a temporary file of {size:.1f} MiB, of which up to 288 are needed ({error}): make "
                 f"room, or set the environment variable TMPDIR to a folder on another disk."
             ) from error
 

@@ -18,15 +18,18 @@ from torch import Tensor, nn
 
 from ..images.streaming import Batch
 from ..runtime.errors import TestregError
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
+from .answers import answer, direction
 from .observe import run
 from .ondisk import OnDisk
 
 PER_OCTAVE = 32  # histogram bins per factor of two: quantiles are good to 2 %
 LOWEST = -24  # log2 of the lowest bin
 BINS = 48 * PER_OCTAVE
-SAMPLE = 48  # images that are kept: a third each for ranking, trials and guard
-PADDING = ("pixel_attention_mask", "patch_attention_mask")  # inputs that say which patches are none
+TRIED = 16  # images to rank neurons on, and as many to try plans on
+GUARD = 256  # and those that the guard looks at, at most
+SAMPLE = 2 * TRIED + GUARD  # images that are kept
+PADDING = ("pixel_attention_mask", "patch_attention_mask", "patch_valid")  # inputs that say which patches are none
 PATCHES = 256  # patches of a kept image whose features are compared before and after
 FEATURES = "last.features"  # a name that no input of a model can have
 
@@ -207,7 +210,12 @@ def look(model: nn.Module, tower: Tower, inputs: Mapping[str, Tensor]) -> Look:
             f"block {int(broken.nonzero()[0])} gives NaN or infinity: the weights are broken, or {last[0].dtype} is "
             f"too narrow for this model; load it with dtype=torch.float32."
         )
-    return Look(_unpadded(stacked, inputs), summary(output, last[0], tower), _some(last[0][:, tower.prefix :]))
+    tokens = last[0]
+    if tower.row.packed:
+        said = direction(output, tokens)
+    else:
+        _, said = answer(output, lambda: tokens[:, 0] if tower.prefix else tokens.mean(1))
+    return Look(_unpadded(stacked, inputs), said, _some(tokens[:, tower.prefix :]))
 
 
 def patch_norms(tokens: Tensor, tower: Tower) -> Tensor:
@@ -215,28 +223,12 @@ def patch_norms(tokens: Tensor, tower: Tower) -> Tensor:
     return torch.linalg.vector_norm(tokens[:, tower.prefix :], dim=-1, dtype=torch.float32)
 
 
-def summary(output: Any, tokens: Tensor, tower: Tower) -> Tensor:
-    """What a model says of each image, `(images, channels)`: its logits, else its pooled output, else what is there.
-
-    Args:
-        tokens: the last block's output `(images, tokens, channels)`, whose class token, or mean patch, is the last
-            resort.
-    """
-    for name in ("logits", "image_embeds", "pooler_output"):
-        found = getattr(output, name, None)
-        if isinstance(found, Tensor) and found.ndim == 2:
-            return found.float()
-    if isinstance(output, Tensor) and output.ndim == 2:  # timm's models give logits as they are
-        return output.float()
-    return (tokens[:, 0] if tower.prefix else tokens.mean(1)).float()
-
-
 @contextmanager
 def outputs(tower: Tower, read: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Inside the `with`, `read(index, tokens)` gets every block's output `(images, tokens, channels)`."""
 
     def hook(index: int) -> Any:
-        return lambda module, args, output: read(index, output[0] if isinstance(output, tuple) else output)
+        return lambda module, args, output: read(index, tower.batched(output))
 
     handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(tower.blocks)]
     try:

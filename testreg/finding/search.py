@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..images.streaming import stream
+from ..images.takes import pixels
+from ..metrics import share as share_of
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
-from ..runtime.families import Tower, find_tower
 from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
+from ..runtime.towers import Tower, find_tower
 from .choose import Search, Wanted
-from .count import Counted, count, quiet, total
+from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
-from .parallel import share, shared
-from .scan import Kept, Norms, Sample
+from .scan import TRIED, Kept, Norms, Sample
+from .sizes import Sizes
+from .survey import Running, Survey, spelled_out
 from .trial import Bench, Score, Threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
 # What the guard allows, on images that no choice was made on:
@@ -31,22 +36,21 @@ MOST_LEFT = 0.05  # of the outliers
 LEAST_COSINE, LEAST_FEATURES = 0.97, 0.95
 
 
+@spelled_out
 def find(
     model: nn.Module,
     images: Any,
     *,
-    processor: Callable[..., Any] | None = None,
-    batch_size: int = 16,
-    workers: int = 0,
     threshold: float | None = None,
     blocks: tuple[int, int] | None = None,
     top_k: int | None = None,
     registers: int | None = None,
-    form: Literal["dynamic", "constant"] | None = None,
+    form: Literal["dynamic", "constant", "attention"] | None = None,
     entry: int | None = None,
+    sizes: Sequence[int] | None = None,
     recipe: Literal["auto", "paper"] = "auto",
     force: bool = False,
-    progress: bool = False,
+    **running: Unpack[Running],
 ) -> RegisterPlan:
     """Find the register neurons of `model`, and the registers that take their place with the least change.
 
@@ -59,7 +63,8 @@ def find(
     Args:
         model: a Vision Transformer, or a model that holds one, unpatched.
         images: see `testreg.images.stream`; at least 6 different ones.
-        processor: by default the one that lies with the checkpoint that the model was loaded from.
+        processor: by default the one that lies with the checkpoint that the model was loaded from; another one, or
+            its name, or the numbers of one, as in "224:0.5:0.5" (see `testreg.images.processors.named`).
         batch_size: images per forward pass.
         workers: processes that decode images.
         threshold: L2 norm in the residual stream from which on a patch is an outlier; by default, the distribution of
@@ -67,8 +72,10 @@ def find(
         blocks: first and last block where register neurons may be, counted from 0.
         top_k: how many register neurons.
         registers: how many tokens join the sequence.
-        form: "dynamic" or "constant" registers, see `RegisterPlan`.
+        form: "dynamic", "constant" or "attention" registers, see `RegisterPlan`.
         entry: the block before which they join.
+        sizes: sides in pixels at which the plan shall hold too; by default a smaller and a larger one than the model's
+            own, where it takes others. None at all: `()`.
         recipe: "paper" = as published: neurons by mean activation at outliers, ten if `top_k` does not say otherwise,
             one dynamic register from the embeddings on (arXiv 2506.08010, section 4).
         force: return the plan even if the guard refuses it.
@@ -86,12 +93,14 @@ def find(
     tower = find_tower(model)
     if active(model):
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
-    wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe)
+    wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe, sizes)
     _check(wanted, tower)
-    batches = stream(images, processor, model=model, batch_size=batch_size, workers=workers, share=share())
+    if tower.row.packed:
+        wanted = replace(wanted, form="attention")
+        running["batch_size"] = 1  # images of one sequence are told apart by being alone
+    survey = Survey(model, tower, images, **running)
 
-    def decide(parts: list[Counted]) -> RegisterPlan:
-        counted = total(parts, batches)
+    def decide(counted: Counted) -> RegisterPlan:
         norms, sample = counted.norms, counted.sample
         if len(sample) < FEWEST:
             raise BadImages(
@@ -99,26 +108,31 @@ def find(
             )
         found = located(norms, chosen(norms, threshold))
         ranked, tried, held = split(sample, found)
-        with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
+        with tqdm(desc="plans tried", unit="", disable=not survey.progress) as bar:
             search = Search(
-                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=batch_size, step=bar.update
+                model, tower, found, wanted, ranked=ranked, tried=tried, batch_size=survey.batch_size, step=bar.update
             )
-            plan = search.best()
-        guard = Bench(model, tower, held, found.threshold, found.block, batch_size)
+            best = search.best()
+            others = Sizes(model, tower, found, survey.batches, [*tried, *ranked], held, survey.batch_size, bar.update)
+            fixed = registers is not None or recipe == "paper" or tower.row.packed
+            more = range(0) if top_k is not None else search.blocks
+            plan, measured = others.fitted(best, search.bench, () if fixed and sizes is None else sizes, more)
+        guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size)
         score = guard.score(plan)
         if not force:
             _refuse_harm(plan, score, guard.before)
         provenance = {
             "base": describe(model, plan.neurons),
             "images": {"count": norms.images, "skipped": counted.skipped, "digest": counted.digest},
+            "sizes": measured,
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
-            "resolution": _resolution(next(iter(sample)).inputs["pixel_values"]),
+            "resolution": None if tower.row.packed else _resolution(pixels(next(iter(sample)).inputs)),
             "artefact": found.to_dict(),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,
             "positions": list(search.ranking.positions),
             "candidates": [asdict(candidate) for candidate in search.candidates[:32]],
-            "trials": [{**trial.summary(), "chosen": trial.plan is plan} for trial in search.trials],
+            "trials": [{**trial.summary(), "chosen": trial.plan is best} for trial in search.trials],
             "before": {"outlier_patches": guard.before, "same_top_1": 1.0, "output_cosine": 1.0, "patches_cosine": 1.0},
             "after": {
                 "outlier_patches": score.left,
@@ -126,7 +140,7 @@ def find(
                 "output_cosine": score.cosine,
                 "patches_cosine": score.features,
             },
-            "guard": {**asdict(score), "images": len(held)},
+            "guard": {**asdict(score), **_intervals(score)},
             "wanted": {key: value for key, value in asdict(wanted).items() if value is not None},
             "versions": {
                 "python": platform.python_version(),
@@ -136,8 +150,7 @@ def find(
         }
         return replace(plan, provenance=provenance)
 
-    with quiet(model):
-        return shared(lambda: count(model, tower, batches, progress), decide)
+    return survey.decide(decide)
 
 
 def located(norms: Norms, threshold: Threshold) -> Artefact:
@@ -174,13 +187,24 @@ def split(sample: Sample, found: Artefact) -> tuple[list[Kept], list[Kept], list
             f"{spoilt} of {len(images)} images have outlier patches, and three are the least: to "
             f"rank neurons, to try plans, and for the guard. Give more images."
         )
-    ranked, tried, held = (images[hand::3] for hand in range(3))
-    return ranked, tried, held
+    dealt, rest = images[: 3 * TRIED], images[3 * TRIED :]
+    ranked, tried, held = (dealt[hand::3] for hand in range(3))
+    return ranked, tried, held + rest
 
 
-def _resolution(pixels: Tensor) -> list[int] | None:
-    """Height and width of the first image; None where images come as patches, `(images, patches, values)`."""
-    return list(pixels.shape[-2:]) if pixels.ndim > 3 else None
+def _intervals(score: Score) -> dict[str, list[float]]:
+    """95 % intervals of what the guard saw: for other images of the kind."""
+    same = share_of(round(score.agreement * score.images), score.images)
+    reach = 1.96 * score.error
+    return {
+        "same_top_1_interval": [same.low, same.high],
+        "output_cosine_interval": [score.cosine - reach, min(1.0, score.cosine + reach)],
+    }
+
+
+def _resolution(image: Tensor) -> list[int] | None:
+    """Height and width of an image or a clip; None where images come as patches, `(images, patches, values)`."""
+    return list(image.shape[-2:]) if image.ndim > 3 else None
 
 
 def _check(wanted: Wanted, tower: Tower) -> None:
@@ -192,7 +216,7 @@ def _check(wanted: Wanted, tower: Tower) -> None:
     ):
         if (value := getattr(wanted, name)) is not None and not _whole(value, least, most):
             raise BadPlan(f"{name} must be a whole number from {least} to {most}, not {value!r}.")
-    for name, known in (("form", (None, "dynamic", "constant")), ("recipe", ("auto", "paper"))):
+    for name, known in (("form", (None, "dynamic", "constant", "attention")), ("recipe", ("auto", "paper"))):
         if (value := getattr(wanted, name)) not in known:
             raise BadPlan(f"{name} must be one of {', '.join(filter(None, known))}, not {value!r}.")
     check_threshold(wanted.threshold)
@@ -201,12 +225,25 @@ def _check(wanted: Wanted, tower: Tower) -> None:
         right = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_whole(block, 0, last) for block in pair)
         if not right or pair[0] > pair[1]:
             raise BadPlan(f"blocks must be the first and the last block, each from 0 to {last}, not {pair!r}.")
+    sides: Any = wanted.sizes
+    if sides is not None and not (isinstance(sides, (tuple, list)) and all(_whole(side, 1, 2**15) for side in sides)):
+        raise BadPlan(f"sizes must be sides in pixels, as in (160, 448), not {sides!r:.100}.")
+    if tower.row.packed and (wanted.form in ("dynamic", "constant") or wanted.recipe == "paper"):
+        raise BadPlan(
+            f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
+            f"belong to all of them: only form='attention' and recipe='auto' fit it."
+        )
+    if tower.row.packed and sides:
+        raise BadPlan(
+            f"{type(tower.module).__name__} takes each image at a size of its own, so sizes cannot be set: give images "
+            f"of the sizes that matter."
+        )
     if wanted.form == "constant" and wanted.entry == 0:
         raise BadPlan(
             "constant registers hold what outlier patches have inside the network, so entry must be 1 or more; only "
             "dynamic ones (form='dynamic') can join with the embeddings."
         )
-    if wanted.recipe == "paper" and wanted.form == "constant":
+    if wanted.recipe == "paper" and wanted.form in ("constant", "attention"):
         raise BadPlan("the published recipe has dynamic registers: leave form out, or take recipe='auto'.")
 
 

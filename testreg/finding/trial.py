@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ..runtime.families import Tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from .observe import run
 from .scan import Kept, Look, look, relative, stack, together
 
@@ -50,12 +50,16 @@ class Score:
         cosine: mean cosine of logits or pooled output, -1..1.
         agreement: share of images whose largest logit, or channel of the pooled output, stays the same, 0..1.
         features: mean cosine of the ordinary patches after the last block, -1..1.
+        error: standard error of `cosine`.
+        images: how many there were.
     """
 
     left: float
     cosine: float
     agreement: float
     features: float
+    error: float = 0.0
+    images: int = 0
 
     @property
     def drift(self) -> float:
@@ -99,9 +103,11 @@ class Bench:
                 _compare(seen, i, image, self.threshold.outliers(image.norms)[self.block :])
                 for i, image in enumerate(batch)
             ]
-        cosine, same, features = torch.tensor(rows).mean(0).tolist()
+        values = torch.tensor(rows, dtype=torch.float64)  # (images, 3)
+        cosine, same, features = values.mean(0).tolist()
+        error = float(values[:, 0].std()) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
         share = float(left[self.block :].max()) / patches
-        return Score(left=share, cosine=cosine, agreement=same, features=features)
+        return Score(share, cosine, same, features, error, len(rows))
 
     @contextmanager
     def _resumed(self, index: int, batch: list[Kept], block: int) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,19 +18,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..runtime.errors import BadImages
-from . import decode, sources
+from ..runtime.errors import BadImages, ImagesDark, ImagesSkipped
+from . import clips, decode, processors, sources
+from .takes import Takes, taken_by
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one processed shape.
+    """Images, or clips, of one processed shape.
 
     Attributes:
         inputs: what the model is called with, on the CPU; every tensor has the axis of images first, as in
-            `pixel_values (images, channels, height, width)`.
-        digests: one per image, SHA-256 in hexadecimal of its size and its upright RGB pixels (of the tensors, where
-            the image came processed): the same image has the same digest in any file format, order, batch or run.
+            `pixel_values (images, channels, height, width)`, or `(clips, frames, channels, height, width)`, or
+            `(images, patches, ...)` where a tower takes the patches of all images as one sequence.
+        digests: one per image, SHA-256 in hexadecimal of its mode, its size and its upright pixels (of the tensors,
+            where the image came processed): the same image has the same digest in any file format, order, batch or run.
+            Of a clip, that of the frames that the model sees.
     """
 
     inputs: dict[str, Tensor]
@@ -41,7 +45,7 @@ class Batch:
 
 def stream(
     images: Any,
-    processor: Callable[..., Any] | None = None,
+    processor: Callable[..., Any] | str | os.PathLike[str] | None = None,
     *,
     model: Any = None,
     batch_size: int = 16,
@@ -52,26 +56,30 @@ def stream(
 
     Args:
         images: a folder (searched recursively, in the order of names; hidden files and those without the suffix of an
-            image are passed over), a file, encoded bytes, a PIL image, an array (height, width), (height, width,
-            channels) or, where only the first axis can be channels, (channels, height, width), of bool, uint8, uint16
-            or floats in 0..1, or several of one size in one array; a uint8 tensor of such shapes; a floating-point
-            tensor of processed pixel values (channels, height, width) or (images, channels, height, width); a dict of
-            processed inputs with an axis of images; a row of a data set with one image; or an iterable of any of
-            these, nested or not (list, generator, data set, DataLoader). Numbers and 0-d or 1-d arrays beside the
-            images are labels and passed over.
-        processor: turns an image into inputs: an image processor of transformers, a full Processor that has one, or a
-            function from a PIL image to a tensor (channels, height, width), such as timm's and open_clip's transforms.
-        model: whose own processor to use where none is given (see `processor_for`).
+            image are passed over), a file, one that is open, encoded bytes, a PIL image, an array (height, width),
+            (height, width, channels) or, where only the first axis can be channels, (channels, height, width), of bool,
+            uint8, uint16 or floats in 0..1, or several of one size in one array; a uint8 tensor of such shapes; a
+            floating-point tensor of processed pixel values (channels, height, width) or (images, channels, height,
+            width); a dict of processed inputs with an axis of images; a row of a data set with one image; or an
+            iterable of any of these, nested or not (list, generator, data set, DataLoader). Numbers and 0-d or 1-d
+            arrays beside the images are labels and passed over. For a model of videos, whatever holds clips: see
+            `testreg.images.clips`.
+        processor: turns an image into inputs: an image processor of transformers, a full Processor that has one, a
+            function from a PIL image to a tensor (channels, height, width), such as timm's and open_clip's transforms,
+            or the name of one: see `testreg.images.processors.named`.
+        model: whose own processor to use where none is given (see `testreg.images.processors`), and which says how many
+            channels an image has, and whether clips are needed.
         batch_size: images per batch, at least 1; fewer at the end, and where images come in several shapes.
         workers: processes that decode and process; 0 = this one. The batches are the same.
         share: which of how many shares, from 0: batches of the images are dealt out in turn, all of them read by their
             own share only, as far as they are files. A share may be empty.
 
-    Every image becomes upright (EXIF rotation applied) 8-bit RGB before it is processed: transparent pixels show white,
-    16-bit values are scaled, of animations the first frame counts.
+    Every image becomes upright (EXIF rotation applied) 8-bit RGB, or gray for a model of one channel, before it is
+    processed: transparent pixels show white, 16-bit values are scaled, of animations the first frame counts.
 
     Raises:
-        BadImages: a path does not exist, or an argument is out of range; the rest is raised by the iteration.
+        BadImages: a path does not exist, an argument is out of range, or `processor` is none; the rest is raised by the
+            iteration.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -79,40 +87,30 @@ def stream(
     for path in images if isinstance(images, (list, tuple)) else [images]:
         if isinstance(path, (str, os.PathLike)):
             sources.existing(path)  # a typo costs nothing here, and much at the end of a long run
-    missing = "pass processor=transformers.AutoImageProcessor.from_pretrained(...)"
-    if processor is None and model is not None:
-        try:
-            processor = processor_for(model)
-        except BadImages as error:  # which matters only if an image turns up that needs it
-            missing = str(error)
-    processor = getattr(processor, "image_processor", processor)
-    if processor is not None and not callable(processor):
-        raise BadImages(f"{type(processor).__name__} is no image processor: a callable is needed.")
-    return ImageStream(images, processor, batch_size, workers, missing, share)
-
-
-def processor_for(model: Any) -> Any:
-    """The image processor that lies with the checkpoint that `model` was loaded from; a pipeline's own.
-
-    Raises:
-        BadImages: the model was not loaded from a checkpoint, or there is no readable image processor with it.
-    """
-    own = getattr(model, "image_processor", None)
-    if own is not None:
-        return own
-    from transformers import AutoImageProcessor  # slow to import, and tensors need none
-
-    how = (
-        "pass processor=transformers.AutoImageProcessor.from_pretrained(NAME) with the name of a checkpoint that the "
-        "model resembles, or images as tensors of processed pixel values"
-    )
-    name = getattr(model, "name_or_path", "")
-    if not name:
-        raise BadImages(f"{type(model).__name__} was not loaded from a checkpoint, so has no image processor: {how}.")
+    wanted, missing = taken_by(model), ""
+    found: Callable[..., Any] | None = None
     try:
-        return AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # whatever a damaged file or an unreachable hub raises
-        raise BadImages(f"there is no usable image processor with {name!r} ({decode.reason(error)}): {how}.") from error
+        found = processors.chosen(processor, model, wanted)
+    except BadImages as error:
+        if processor is not None:
+            raise
+        missing = str(error)  # which matters only if an image turns up that needs a processor
+    return ImageStream(images, found, batch_size, workers, missing, share, wanted)
+
+
+def pictures(images: Any, most: int) -> Iterator[tuple[str, Image.Image]]:
+    """Digests as those of `Batch`, and upright RGB pictures, of the first images that are whole files or pictures."""
+    for item in sources.Source(images):
+        if most <= 0:
+            return
+        if not isinstance(item.value, (os.PathLike, bytes, Image.Image)):
+            continue
+        try:
+            picture = item.value if isinstance(item.value, Image.Image) else decode.decode(item.value)
+        except Exception:  # broken: whoever streams the images says so
+            continue
+        yield decode.digest(picture), picture
+        most -= 1
 
 
 class ImageStream:
@@ -120,6 +118,7 @@ class ImageStream:
 
     Attributes:
         skipped: `(name, reason)` of the broken images that the last iteration met.
+        dark: names of images that are nearly only black, of those that it yielded.
         count: images that the last iteration yielded so far.
 
     Iterating raises BadImages where no image is left, a value in memory is no image or not finite, an image needs a
@@ -134,10 +133,12 @@ class ImageStream:
         workers: int,
         missing: str = "",
         share: tuple[int, int] = (0, 1),
+        takes: Takes = Takes(),  # noqa: B008, it is frozen
     ):
-        self.source = sources.Source(images)
+        self.source = (sources.Source if takes.frames is None else clips.Clips)(images, takes)
         self.processor, self.batch_size, self.workers = processor, batch_size, workers
         self.skipped: list[tuple[str, str]] = []
+        self.dark: list[str] = []
         self.count = 0
         self._missing = missing
         self._share, self._shares = share
@@ -150,15 +151,17 @@ class ImageStream:
     @property
     def expected(self) -> int | None:
         """How many images there are, broken ones included; None where only the iteration can tell."""
-        return sources.expected(self.source.images)
+        return self.source.expected
 
     def __iter__(self) -> Iterator[Batch]:
-        self.skipped, self.count = [], 0
+        self.skipped, self.dark, self.count = [], [], 0
         groups: dict[Any, list[_Prepared]] = {}  # processors that keep the aspect ratio give several shapes
         for image in self._prepared():
             if image.inputs is None:
                 self.skipped.append((image.name, image.text))
                 continue
+            self.source.takes.check(image.inputs, image.name)
+            self.dark += [image.name] * image.dark
             shape = tuple((key, value.shape, value.dtype) for key, value in image.inputs.items())
             groups.setdefault(shape, []).append(image)
             if len(groups[shape]) == self.batch_size:
@@ -175,7 +178,7 @@ class ImageStream:
         # What a sampler yields goes to dataset[...] in a worker, in order: so the sampler yields the images themselves,
         # and a generator is read once, here, however many workers there are.
         loader: Iterable[_Prepared] = DataLoader(
-            _Prepare(self.processor),
+            _Prepare(self.processor, self.source.takes),
             sampler=self._items(),
             batch_size=None,
             num_workers=self.workers,
@@ -193,7 +196,7 @@ class ImageStream:
             if index // self.batch_size % self._shares != self._share:
                 continue  # whole batches, so that every image has the neighbours that it has with one share
             if self.processor is None and not isinstance(item.value, (dict, str)):
-                raise BadImages(f"{item.name} needs an image processor, and there is none: {self._missing}.")
+                raise BadImages(f"{item.name} needs an image processor, and there is none that fits: {self._missing}")
             yield item
 
     def _batch(self, group: list[_Prepared]) -> Batch:
@@ -201,6 +204,25 @@ class ImageStream:
         rows = [image.inputs for image in group if image.inputs is not None]
         inputs = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}  # (1, ...) x images -> (images, ...)
         return Batch(inputs, tuple(image.text for image in group))
+
+    def warn(self) -> None:
+        """Warn of images that the last iteration skipped, and of those that are nearly only black."""
+        if self.skipped:
+            rest = {reason: (name, reason) for name, reason in reversed(self.skipped)}  # one of each reason, the first
+            shown = list(dict.fromkeys([*reversed(rest.values()), *self.skipped]))[:3]
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in shown) + "; ..." * (len(self.skipped) > 3)
+            others = f", and {self.ignored} of other kinds" if self.ignored else ""
+            files = len(self.skipped) + self.count
+            message = f"skipped {len(self.skipped)} of {files} image files{others}: {reasons}"
+            warnings.warn(message, ImagesSkipped, stacklevel=3)
+        if self.dark:
+            named = ", ".join(self.dark[:3]) + ", ..." * (len(self.dark) > 3)
+            message = (
+                f"{len(self.dark)} of {self.count} images are nearly only black ({named}): no value is above "
+                f"{decode.DARK} of 255, as in pictures of 12 bits that are stored in 16. If they are, give them with "
+                f"their values times 16, or the model sees next to nothing"
+            )
+            warnings.warn(message, ImagesDark, stacklevel=3)
 
     def nothing(self) -> str:
         """Why there is no image among those given."""
@@ -210,7 +232,8 @@ class ImageStream:
         return (
             f"no image could be used of {given}: {len(self.skipped)} broken"
             + (f" ({broken}{'; ...' if len(self.skipped) > 3 else ''})" if broken else "")
-            + f", {self.ignored} passed over (hidden, not named like an image, or a label). {sources.EXPECTED}"
+            + f", {self.ignored} passed over (hidden, not named like an image, or a label). "
+            + (self.source.hint or sources.EXPECTED)
         )
 
 
@@ -218,38 +241,37 @@ class _Prepared(NamedTuple):
     name: str
     inputs: dict[str, Tensor] | None  # None where the image is broken
     text: str  # its digest, or the reason
+    dark: bool = False  # nearly only black
 
 
 class _Prepare(Dataset[_Prepared]):
     """Decodes and processes one image; runs in the workers."""
 
-    def __init__(self, processor: Callable[..., Any] | None):
-        self.processor = processor
+    def __init__(self, processor: Callable[..., Any] | None, takes: Takes):
+        self.processor, self.takes = processor, takes
 
     def __getitem__(self, item: sources.Item) -> _Prepared:
+        value = item.value
         try:
-            if isinstance(item.value, str):
-                return _Prepared(item.name, None, item.value)
-            if isinstance(item.value, dict):
-                return _Prepared(item.name, item.value, _digest(item.value))
-            image = item.value if isinstance(item.value, Image.Image) else decode.decode(item.value)
-            return _Prepared(item.name, self._process(image), decode.digest(image))
+            if isinstance(value, str):
+                return _Prepared(item.name, None, value)
+            if isinstance(value, dict):
+                return _Prepared(item.name, value, _digest(value))
+            if isinstance(value, sources.Clip):
+                frames = clips.read(value, self.takes)
+                return _Prepared(item.name, self._process(frames), clips.digest(frames), all(map(decode.dark, frames)))
+            image = value if isinstance(value, Image.Image) else decode.decode(value, self.takes.mode)
+            return _Prepared(item.name, self._process(image), decode.digest(image), decode.dark(image))
         except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
             return _Prepared(item.name, None, decode.reason(error))
 
-    def _process(self, image: Image.Image) -> dict[str, Tensor]:
+    def _process(self, picture: Image.Image | list[Image.Image]) -> dict[str, Tensor]:
         assert self.processor is not None
         # One image at a time: what it becomes, and whether it can be processed, does not depend on its neighbours.
-        of_transformers = hasattr(self.processor, "model_input_names")
-        output = self.processor(image, return_tensors="pt") if of_transformers else self.processor(image)
-        if isinstance(output, Tensor):
-            output = {"pixel_values": output if output.ndim == 4 else output[None]}
-        if not isinstance(output, Mapping):
-            raise TypeError(f"the processor makes a {type(output).__name__} of it, not a tensor or a dict of tensors")
-        inputs = {key: value for key, value in output.items() if isinstance(value, Tensor)}
-        if sources.check(inputs, "what the processor makes of it") != 1:
+        images = sources.apart(processors.call(self.processor, picture, self.takes))
+        if len(images) != 1 or sources.check(images[0], "what the processor makes of it") != 1:
             raise ValueError("the processor makes several images of it")
-        return inputs
+        return images[0]
 
 
 def _digest(inputs: Mapping[str, Tensor]) -> str:

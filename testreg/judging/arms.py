@@ -12,13 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..finding.observe import NOTHING, grid, observe, run
+from ..finding.observe import NOTHING, observe, run
+from ..finding.places import in_place
 from ..finding.trial import Threshold
-from ..images.streaming import processor_for, stream
+from ..images import processors
+from ..images.streaming import stream
+from ..images.takes import pixels, taken_by
 from ..metrics.outliers import interpolate
-from ..runtime.families import Tower, find_tower
 from ..runtime.installer import check, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower, find_tower
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 USUAL = Threshold(4.0)  # from which norm on a patch is an outlier, where no plan says
@@ -65,15 +68,16 @@ class Arm:
             BadImages: the photo cannot be read.
         """
         processor = self.processor if side is None else partial(self._resized, side, square)
-        (batch,) = stream(path, processor, batch_size=1)
+        (batch,) = stream(path, processor, model=self.model, batch_size=1)
         return batch.inputs
 
     def _resized(self, side: int, square: bool, photo: Image.Image) -> Tensor:
         scale, size = side / min(photo.size), self.patch_size()
         width, height = (max(1, round((side if square else length * scale) / size)) * size for length in photo.size)
         resized = photo.resize((width, height), Image.Resampling.BICUBIC)
-        output = self.processor(resized, do_resize=False, do_center_crop=False, return_tensors="pt")
-        return output["pixel_values"]
+        made = processors.call(self.processor, resized, taken_by(self.model), do_resize=False, do_center_crop=False)
+        image: Tensor = pixels(made)
+        return image
 
     def patch_size(self) -> int:
         """Pixels of one patch's side: the stride of the first convolution."""
@@ -94,11 +98,9 @@ class Arm:
         states = kinds["states"] | set(stands_out.values())
         with observe(self.model, keys=kinds["keys"], states=states) as seen:
             run(self.model, inputs)
-        height, width = inputs["pixel_values"].shape[-2:]
 
         def patches(tokens: Tensor) -> Tensor:
-            tokens = tokens[0, tower.prefix :].float().cpu()
-            return tokens.unflatten(0, grid(height, width, len(tokens)))
+            return in_place(tokens[0, tower.prefix :].float().cpu(), tower, inputs, 0)
 
         found = []
         for kind, block in wanted:
@@ -117,12 +119,10 @@ class Arm:
             run(self.model, inputs)
         maps = seen.attentions[last][0].float().mean(dim=0)  # (tokens, tokens)
         maps = (maps[:1] if tower.prefix else maps)[:, tower.prefix :].mean(dim=0).cpu()  # (patches,)
-        height, width = inputs["pixel_values"].shape[-2:]
-        size = grid(height, width, len(maps))
-        maps = maps.unflatten(0, size)
+        maps = in_place(maps, tower, inputs)
         if not self.repair:
             return maps
-        before = seen.states[max(last - 1, 0)][0, tower.prefix :].float().cpu().unflatten(0, size)
+        before = in_place(seen.states[max(last - 1, 0)][0, tower.prefix :].float().cpu(), tower, inputs, 0)
         return interpolate(maps[..., None], outlying(before, self.repair))[..., 0]
 
 
@@ -152,14 +152,14 @@ def arms(
     Raises:
         BadPlan: the plan does not fit the model.
     """
-    processor = processor or processor_for(model)
+    processor = processors.chosen(processor, model, taken_by(model))
     found = [Arm(UNPATCHED, model, processor, NOTHING)]
     if plan is not None:
         check(find_tower(model), plan)
         found.append(Arm(PATCHED, model, processor, plan))
         if baselines:
             found += [
-                Arm("inert zero token", model, processor, RegisterPlan({}, registers=1)),
+                Arm("inert zero token", model, processor, _inert(find_tower(model))),
                 Arm(
                     "neurons taken, no register",
                     model,
@@ -170,8 +170,14 @@ def arms(
                 Arm("outliers interpolated", model, processor, NOTHING, repair=threshold),
             ]
     for name, other in (against or {}).items():
-        found.append(Arm(name, other, processor_for(other)))
+        found.append(Arm(name, other, processors.chosen(None, other, taken_by(other))))
     return found
+
+
+def _inert(tower: Tower) -> RegisterPlan:
+    """One register of zeros that nothing is moved to: a token, or, where none can join, a row in attention alone."""
+    state = torch.zeros(len(tower.blocks), 1, tower.channels) if tower.row.packed else None
+    return RegisterPlan({}, registers=1, state=state)
 
 
 def random_neurons(tower: Tower, plan: RegisterPlan, seed: int = 0) -> RegisterPlan:

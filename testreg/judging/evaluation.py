@@ -22,7 +22,7 @@ from ..runtime.errors import BadImages, TestregError
 from ..runtime.installer import active
 from ..runtime.plan import RegisterPlan
 from .arms import PATCHED, UNPATCHED, USUAL, arms
-from .tasks import TASKS, Measure, Outliers, Task
+from .tasks import TASKS, Measure, Task
 
 TABLES = (".csv", ".json")  # how the names of tables end
 
@@ -84,7 +84,7 @@ class Table:
 
     def save(self, path: str | Path) -> None:
         """Write CSV where the name ends so, JSON otherwise."""
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix.lower() != ".csv":
             path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             return
@@ -112,7 +112,7 @@ def evaluate(
     data: str | Path,
     task: str | Task,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     against: Mapping[str, nn.Module] | None = None,
     baselines: bool = True,
     limit: int | None = None,
@@ -125,8 +125,8 @@ def evaluate(
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         data: a folder of photos, with the labels that the task needs (see `testreg.images.labels`).
         task: a name of `testreg.tasks.TASKS`, with its fixed setting, or a task with settings of its own.
-        plan: the registers to judge; by default those of the patch that acts on the model; with neither, the model is
-            judged alone.
+        plan: the registers to judge, or the path of their file; by default those of the patch that acts on the model;
+            with neither, the model is judged alone.
         against: other models by name, as they come.
         baselines: also judge an inert zero token, the neurons zeroed without a register, random neurons instead, and
             the outliers interpolated.
@@ -140,13 +140,13 @@ def evaluate(
     """
     _have("scipy", "sklearn")
     task = _task(task)
-    if plan is None and (current := active(model)):
-        plan = current.plan
+    current = active(model)
+    plan = RegisterPlan.of(plan) if plan is not None else current.plan if current else None
     samples = task.samples(data)[:limit]
     if not samples:
         raise BadImages(f"there is no photo in {data}, or the limit of {limit} leaves none.")
     threshold, whose = _threshold(task, plan)
-    if isinstance(task, Outliers):
+    if task.counts_outliers:
         task = replace(task, threshold=threshold)
     compared = arms(model, plan, processor=processor, against=against, baselines=baselines, threshold=threshold)
     if not task.repairable:
@@ -166,13 +166,13 @@ def evaluate(
     rows += [_row(task, "floor", name, measure, None) for name, measure in floors.items()]
     provenance = {
         "task": task.name,
-        "settings": {key: _plain(value) for key, value in vars(task).items()},
+        "settings": {key: _plain(value) for key, value in vars(task).items() if key != "threshold" or value},
         "data": Path(data).name,
         "images": len(samples),
         "plan": None if plan is None else str(plan),
         "threshold": None,
     }
-    if isinstance(task, Outliers) or any(arm.repair for arm in compared):
+    if task.counts_outliers or any(arm.repair for arm in compared):
         provenance["threshold"] = {"outlier": str(threshold), "from": whose}
     return Table(tuple(rows), provenance)
 
@@ -195,7 +195,7 @@ def _task(task: str | Task) -> Task:
 
 def _threshold(task: Task, plan: RegisterPlan | None) -> tuple[Threshold, str]:
     """From which norm on a patch is an outlier, and who says so."""
-    if isinstance(task, Outliers) and task.threshold:
+    if task.threshold:
         return task.threshold, "task"
     if plan is not None and (found := threshold_of(plan)):
         return found, "plan"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -13,14 +15,17 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..finding.observe import grid, observe, run, unpatched
-from ..images.streaming import ImageStream, stream
+from ..finding.observe import observe, run, unpatched
+from ..finding.places import in_place
+from ..images.streaming import ImageStream, pictures, stream
+from ..images.takes import pixels
 from ..runtime.errors import BadPlan, UnsupportedModel
-from ..runtime.families import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import find_tower
 from .charts import round_ticks
 
+BLANK = torch.full((64, 64, 3), 0.5)  # where there is no photo, only what a processor made of it
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # how the names of pictures end
 MOST = 12  # photos in one picture; more are too small to see
 
@@ -44,8 +49,8 @@ class View:
 def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     """A view of each image of a processed batch, of the model as it is now, patched or not."""
     tower = find_tower(model)
-    if inputs["pixel_values"].ndim != 4:
-        shape = tuple(inputs["pixel_values"].shape)
+    shape = tuple(pixels(inputs).shape)
+    if len(shape) != 4 and not tower.row.packed:
         raise UnsupportedModel(
             f"{type(tower.module).__name__} takes pixel values of the shape {shape}; maps can be drawn for photos "
             f"(images, channels, height, width) alone."
@@ -57,13 +62,9 @@ def views(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[View]:
     attention = seen.attentions[last].float().mean(dim=1)  # (batch, tokens, tokens)
     attention = (attention[:, :1] if tower.prefix else attention).mean(dim=1)  # (batch, tokens)
     registers = (1 - attention.sum(dim=-1)).clamp(min=0)
-    attention = attention[:, tower.prefix :]  # (batch, patches)
-    height, width = inputs["pixel_values"].shape[-2:]
-    size = grid(height, width, norms.shape[-1])
-    return [
-        View(norm.unflatten(-1, size).cpu(), share.unflatten(-1, size).cpu(), float(taken))
-        for norm, share, taken in zip(norms, attention, registers, strict=True)
-    ]
+    norms = in_place(norms, tower, inputs).cpu()  # (batch, blocks, rows, columns)
+    attention = in_place(attention[:, tower.prefix :], tower, inputs).cpu()  # (batch, rows, columns)
+    return [View(norm, share, float(taken)) for norm, share, taken in zip(norms, attention, registers, strict=True)]
 
 
 def clearest_block(seen: Iterable[View]) -> int:
@@ -74,7 +75,7 @@ def clearest_block(seen: Iterable[View]) -> int:
 
 def show(
     model: nn.Module,
-    plan: RegisterPlan | None,
+    plan: RegisterPlan | str | Path | None,
     images: Any,
     *,
     processor: Any = None,
@@ -84,7 +85,7 @@ def show(
 
     Args:
         model: a Vision Transformer, or a model that holds one; as it was when the picture is done.
-        plan: the registers to draw; None = those of the patch that acts on the model.
+        plan: the registers to draw, or the path of their file; None = those of the patch that acts on the model.
         images: whatever `testreg.find` takes.
         processor: the image processor; by default the one that lies with the model's checkpoint.
         title: the line on top; by default the model's name.
@@ -105,39 +106,53 @@ def show(
                 "the command line)."
             )
         plan = current.plan
+    plan = RegisterPlan.of(plan)
     photos: list[Tensor] = []
     before: list[View] = []
     after: list[View] = []
-    source = stream(images, processor, model=model, batch_size=MOST)
-    for inputs in _first(source):
-        photos.extend(as_photo(pixels, source.processor) for pixels in inputs["pixel_values"])
+    packed = find_tower(model).row.packed
+    source = stream(images, processor, model=model, batch_size=1 if packed else MOST)
+    seen = photographs(images) if packed else {}
+    for inputs, digests in first(source, MOST):
         with unpatched(model):
             before.extend(views(model, inputs))
         with patch(model, plan):
             after.extend(views(model, inputs))
+        if packed:
+            photos.append(seen.get(digests[0], BLANK))  # whose pixel values are patches, in an order of their own
+        else:
+            photos.extend(as_photo(image, source.processor) for image in pixels(inputs))
+    source.warn()
     name = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     received = "class-token attention" if find_tower(model).prefix else "mean attention that each patch receives"
     return _draw(photos, before, after, title=name, subtitle=str(plan), attention=received)
 
 
-def _first(source: ImageStream) -> Iterator[Mapping[str, Tensor]]:
-    left = MOST
+def photographs(images: Any) -> dict[str, Tensor]:
+    """Photos `(height, width, 3)` in 0..1 by their digests, of images that come as files or pictures."""
+    return {name: torch.from_numpy(np.array(photo)) / 255 for name, photo in pictures(images, MOST)}
+
+
+def first(source: ImageStream, left: int) -> Iterator[tuple[Mapping[str, Tensor], tuple[str, ...]]]:
+    """Batches of inputs, and digests, of the first images alone."""
     for batch in source:
-        yield {name: value[:left] for name, value in batch.inputs.items()}
+        yield {name: value[:left] for name, value in batch.inputs.items()}, batch.digests[:left]
         left -= len(batch)
         if left <= 0:
             return
 
 
-def as_photo(pixels: Tensor, processor: Any) -> Tensor:
-    """Pixel values `(3, height, width)` back as a photo `(height, width, 3)` in 0..1."""
+def as_photo(image: Tensor, processor: Any) -> Tensor:
+    """Pixel values `(channels, height, width)`, gray or RGB first, as a photo `(height, width, 3)` in 0..1."""
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    image = image[:3] if len(image) > 2 else image[:1]
     if mean is None or std is None or not getattr(processor, "do_normalize", True):
-        low, high = pixels.amin(), pixels.amax()
-        pixels = (pixels - low) / (high - low).clamp(min=1e-6)
+        low, high = image.amin(), image.amax()
+        image = (image - low) / (high - low).clamp(min=1e-6)
     else:
-        pixels = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return pixels.clamp(0, 1).permute(1, 2, 0)
+        mean, std = (torch.as_tensor(values).reshape(-1)[: len(image), None, None] for values in (mean, std))
+        image = image * std + mean
+    return image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
 
 
 INK, QUIET, MAP = "#1f2328", "#59636e", "inferno"

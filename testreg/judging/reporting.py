@@ -18,18 +18,22 @@ from matplotlib.colors import LogNorm
 from PIL import Image
 from torch import Tensor, nn
 
+from ..finding.detect import threshold_of
 from ..finding.inspection import Inspection, inspect
-from ..finding.observe import grid, observe, run, unpatched
+from ..finding.observe import observe, run, unpatched
+from ..finding.places import in_place
+from ..finding.trial import Threshold
 from ..images.streaming import stream
+from ..images.takes import pixels
 from ..metrics.agreement import agreement
 from ..metrics.outliers import BlockNorms, block_norms, ratios
 from ..runtime.errors import BadPlan
-from ..runtime.families import find_tower
 from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import find_tower
 from . import charts
-from .pictures import View, as_photo, clearest_block, views
-from .tasks.base import answer
+from .pictures import BLANK, View, as_photo, clearest_block, first, photographs, views
+from .tasks.base import ask
 
 GALLERY = 8  # photos that are shown
 BINS_PER_DOUBLING = 4
@@ -58,12 +62,16 @@ class Side:
         """Norms after a block as multiples of their image's median, of all patches of all images `(patches,)`."""
         return torch.cat([ratios(norms[block]) for norms in self.norms])
 
+    def outliers(self, block: int, threshold: Threshold) -> float:
+        """The share of all patches of all images that are outliers after a block, 0..1."""
+        return float(torch.cat([threshold.outliers(norms[block]) for norms in self.norms]).float().mean())
+
 
 def report(
     model: nn.Module,
     images: Any,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     processor: Any = None,
     title: str | None = None,
     most: int = 64,
@@ -73,8 +81,8 @@ def report(
     Args:
         model: a Vision Transformer, or a model that holds one, patched or not; as it was afterwards.
         images: whatever `testreg.find` takes; photos that the plan was not found on say more.
-        plan: the registers; by default those of the patch that acts on the model; with neither, the model is shown as
-            it is.
+        plan: the registers, or the path of their file; by default those of the patch that acts on the model; with
+            neither, the model is shown as it is. An outlier is what it was when the plan was found.
         title: by default the model's name.
         most: use at most so many images, the first.
 
@@ -83,24 +91,24 @@ def report(
         BadPlan: the plan does not fit the model.
         UnsupportedModel: no family describes the model, or it gives no attention maps.
     """
-    if plan is None and (current := active(model)):
-        plan = current.plan
-    source = stream(images, processor, model=model)
-    batches: list[Mapping[str, Tensor]] = []
-    left = most
-    for batch in source:
-        batches.append({name: value[:left] for name, value in batch.inputs.items()})
-        left -= len(batch)
-        if left <= 0:
-            break
+    current = active(model)
+    plan = RegisterPlan.of(plan) if plan is not None else current.plan if current else None
+    packed = find_tower(model).row.packed
+    source = stream(images, processor, model=model, batch_size=1 if packed else 16)
+    batches, digests = [list(part) for part in zip(*first(source, most), strict=True)]
+    source.warn()
     with unpatched(model):
-        found = inspect(model, batches)
+        found = inspect(model, batches, threshold=threshold_of(plan) if plan else None)
         before = _look(model, batches)
     after = None
     if plan is not None:
         with patch(model, plan):
             after = _look(model, batches)
-    pictures = [as_photo(pixels, source.processor) for batch in batches for pixels in batch["pixel_values"]][:GALLERY]
+    if packed:
+        seen = photographs(images)
+        pictures = [seen.get(digest, BLANK) for row in digests for digest in row][:GALLERY]
+    else:
+        pictures = [as_photo(image, source.processor) for batch in batches for image in pixels(batch)][:GALLERY]
     block = clearest_block(before.views)
     named = title or getattr(model, "name_or_path", "").rstrip("/").split("/")[-1] or type(model).__name__
     environment = Environment(loader=PackageLoader("testreg.judging"), autoescape=True, undefined=StrictUndefined)
@@ -109,7 +117,7 @@ def report(
         "verdict": verdict(found, before, after, plan),
         "numbers": _numbers(found, before, after, block),
         "block": block,
-        "blocks": _blocks(before, after, found.threshold.times),
+        "blocks": _blocks(before, after, found.threshold),
         "norms_chart": Markup(_norms_chart(before, after)),
         "histogram": Markup(_histogram(before, after, block, found.threshold.times)),
         "gallery": _gallery(pictures, before, after, block),
@@ -129,8 +137,7 @@ def verdict(found: Inspection, before: Side, after: Side | None, plan: RegisterP
     """One sentence for someone who reads nothing else."""
     if after is None or plan is None or found.artefact is None:
         return found.verdict
-    times, shown = found.threshold.times, found.artefact.shown
-    share = [float((side.ratios(shown) > times).float().mean()) for side in (before, after)]
+    share = [side.outliers(found.artefact.shown, found.threshold) for side in (before, after)]
     kept = agreement(after.answers, before.answers)
     change = f"outlier patches go from {share[0]:.2%} to {share[1]:.2%}, and the output keeps a cosine of "
     change += f"{float(kept.cosine.mean()):.4f} with what it was"
@@ -150,13 +157,12 @@ def _look(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> Side:
     answers: list[Tensor] = []
     for inputs in batches:
         seen += views(model, inputs)
-        answers.append(answer(model, inputs)[1])
+        answers.append(ask(model, inputs)[1])
         if len(features) < GALLERY:
             with observe(model, states=[last]) as state:
                 run(model, inputs)
-            height, width = inputs["pixel_values"].shape[-2:]
             patches = state.states[last][:, tower.prefix :].float().cpu()
-            features += list(patches.unflatten(1, grid(height, width, patches.shape[1])))
+            features += list(in_place(patches, tower, inputs, 1))
     return Side(seen, features[:GALLERY], torch.cat(answers))
 
 
@@ -164,7 +170,7 @@ def _numbers(found: Inspection, before: Side, after: Side | None, block: int) ->
     """The figures on top: name, before, after."""
 
     def outliers(side: Side) -> str:
-        return f"{float((side.ratios(block) > found.threshold.times).float().mean()):.2%}"
+        return f"{side.outliers(block, found.threshold):.2%}"
 
     def largest(side: Side) -> str:
         return f"{float(side.ratios(block).max()):.1f}×"
@@ -191,9 +197,11 @@ def _numbers(found: Inspection, before: Side, after: Side | None, block: int) ->
     return rows
 
 
-def _blocks(before: Side, after: Side | None, times: float) -> list[dict[str, BlockNorms | None]]:
-    first = block_norms(before.norms, times)
-    second: list[Any] = [None] * len(first) if after is None else block_norms(after.norms, times)
+def _blocks(before: Side, after: Side | None, threshold: Threshold) -> list[dict[str, BlockNorms | None]]:
+    first = block_norms(before.norms, threshold.times, threshold.norm)
+    second: list[Any] = [None] * len(first)
+    if after is not None:
+        second = block_norms(after.norms, threshold.times, threshold.norm)
     return [{"before": one, "after": other} for one, other in zip(first, second, strict=True)]
 
 
@@ -273,4 +281,4 @@ def _url(image: Image.Image, kind: str, **options: Any) -> str:
 
 def save(page: str, path: str | Path) -> None:
     """Write a page."""
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).expanduser().write_text(page, encoding="utf-8")

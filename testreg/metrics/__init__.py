@@ -1,7 +1,11 @@
-"""Was it worth it? Pure functions of tensors; nothing here runs a model."""
+"""What can be measured of a model, as pure functions of tensors.
+
+Imports nothing else of the package, and runs no model. Read `outliers` first, which is what registers take away;
+`bootstrap` gives any of these numbers its interval.
+"""
 
 from .agreement import Agreement, agreement
-from .bootstrap import Interval, bootstrap
+from .bootstrap import Interval, bootstrap, share
 from .classify import knn, top1, zero_shot
 from .lost import located, lost, overlap
 from .outliers import BlockNorms, block_norms, interpolate, ratios
@@ -30,6 +34,7 @@ __all__ = [
     "pixel_ap",
     "ratios",
     "received",
+    "share",
     "sink_rate",
     "sinks",
     "split",

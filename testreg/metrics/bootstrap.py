@@ -1,8 +1,9 @@
-"""Confidence intervals by resampling images."""
+"""Confidence intervals: of a share, and of anything by resampling images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,17 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def share(hits: int, of: int, *, level: float = 0.95) -> Interval:
+    """A share with its interval by Wilson (1927), which is honest also where all hit, or few were looked at."""
+    if not of:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    found = hits / of
+    middle = (found + z**2 / (2 * of)) / (1 + z**2 / of)
+    reach = z / (1 + z**2 / of) * (found * (1 - found) / of + z**2 / (4 * of**2)) ** 0.5
+    return Interval(found, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
 def bootstrap(

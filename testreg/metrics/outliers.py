@@ -31,13 +31,14 @@ def ratios(norms: Tensor) -> Tensor:
     return norms / norms.median(dim=-1, keepdim=True).values
 
 
-def block_norms(norms: Sequence[Tensor], times: float) -> list[BlockNorms]:
+def block_norms(norms: Sequence[Tensor], times: float, norm: float = 0.0) -> list[BlockNorms]:
     """Statistics of the norms of several images, each `(blocks, patches)`, one row per block.
 
     Args:
-        times: a patch is an outlier from this many times the median norm of its image at the same block on.
+        times: a patch is an outlier above this many times the median norm of its image at the same block,
+        norm: and above this norm.
     """
-    outliers = [ratios(image) > times for image in norms]
+    outliers = [(ratios(image) > times) & (image > norm) for image in norms]
     with_one = torch.stack([image.any(dim=1) for image in outliers]).float().mean(dim=0)  # (blocks,)
     share = torch.cat(outliers, dim=1).float().mean(dim=1)  # (blocks,)
     values = torch.cat(list(norms), dim=1).float().sort(dim=1).values  # (blocks, all patches)

@@ -2,7 +2,8 @@
 
 Imports nothing else of the package, since these files are copied into every checkpoint as they are. Read `plan` first
 (what is done to a model, as a value), then `installer` (it is done, and undone), `forwards` (by which modules) and
-`redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts.
+`redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts, `towers` finds them,
+`errors` says what can go wrong.
 """
 
 from __future__ import annotations
@@ -12,27 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
-    from .families import FAMILIES, Family, Tower, find_tower
+    from .families import FAMILIES, Family
     from .installer import Patch, active, patch
     from .modeling_testreg import load
     from .plan import RegisterPlan
+    from .towers import Tower, find_tower
 
 __version__ = "0.2.0"
 
 __all__ = [
     "FAMILIES",
-    "BadCheckpoint",
-    "BadImages",
-    "BadPlan",
     "Family",
-    "Harmful",
-    "NoOutliers",
     "Patch",
     "RegisterPlan",
-    "TestregError",
     "Tower",
-    "UnsupportedModel",
     "active",
     "find_tower",
     "lazily",
@@ -55,14 +49,14 @@ def lazily(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     return find
 
 
-__getattr__ = lazily(
-    __name__,
-    {
-        **dict.fromkeys(("FAMILIES", "Family", "Tower", "find_tower"), "families"),
-        **dict.fromkeys(("Patch", "active", "patch"), "installer"),
-        **dict.fromkeys((name for name in __all__ if name[:3] == "Bad"), "errors"),
-        **dict.fromkeys(("Harmful", "NoOutliers", "TestregError", "UnsupportedModel"), "errors"),
-        "RegisterPlan": "plan",
-        "load": "modeling_testreg",
-    },
-)
+if not TYPE_CHECKING:  # or checkers would take any name
+    __getattr__ = lazily(
+        __name__,
+        {
+            **dict.fromkeys(("FAMILIES", "Family"), "families"),
+            **dict.fromkeys(("Tower", "find_tower"), "towers"),
+            **dict.fromkeys(("Patch", "active", "patch"), "installer"),
+            "RegisterPlan": "plan",
+            "load": "modeling_testreg",
+        },
+    )

@@ -27,10 +27,6 @@ class BadImages(TestregError):
     """There are no, too few, or only unreadable calibration images."""
 
 
-class BadText(TestregError):
-    """There is no, too little, or only unreadable text, or its tokens are not the model's."""
-
-
 class RegistersLeftOut(UserWarning):
     """A patched model is being written without its registers."""
 
@@ -47,8 +43,16 @@ class ImagesSkipped(UserWarning):
     """Some of the images given cannot be used; the others are."""
 
 
+class ImagesDark(UserWarning):
+    """Some of the images given are nearly only black."""
+
+
 class ImagesRepeated(UserWarning):
     """Many of the images given are the same."""
+
+
+class RandomNumbers(UserWarning):
+    """A model draws random numbers in evaluation mode too."""
 
 
 class Harmful(TestregError):

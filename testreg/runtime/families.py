@@ -1,6 +1,6 @@
 """Where each family of Vision Transformers keeps its parts: one row of data per family.
 
-A model is looked up by package and class name over the bases of every submodule, so no modelling code is ever
+`towers` finds them in a model, by package and class name over the bases of every submodule: no modelling code is ever
 imported, and heads, two-tower models and vision-language models that hold a tower need no row of their own.
 """
 
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
-
-from .errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -23,8 +19,8 @@ class Family:
 
     Args:
         towers: class names of the modules that hold the blocks.
-        blocks: the list of blocks; each takes `(batch, tokens, channels)` first and returns it, alone or first in a
-            tuple.
+        blocks: the list of blocks, or of chunks of blocks; each block takes `(batch, tokens, channels)` first and
+            returns it, alone or first in a tuple.
         down: the MLP's second linear, whose input is the neuron activation.
         attention: the attention module.
         prefix: tokens in front of the patches (class and distillation token).
@@ -33,10 +29,21 @@ class Family:
         masks: the attention's arguments that are masks or biases over its tokens.
         padded: the first of them marks patches that are padding, which the family has.
         rope: the attention's argument that holds rotary tables, if any.
+        turn: the attention's own callable that turns queries and keys `(batch, heads, tokens, channels)`, if any.
         positions: the attention's argument that holds the tokens' positions, 0 to tokens - 1 where it is not given.
         bias: the module of a block, or of its attention, that makes a position bias for the tokens it is told of.
         shared_bias: the module of the tower that makes one for all blocks.
-        package: top-level package of the tower class.
+        sequence_first: blocks take `(tokens, batch, channels)`.
+        packed: blocks take the tokens of all images in one sequence, `(tokens, channels)` or `(1, tokens, channels)`;
+            only registers that attention alone sees can be had there.
+        segments: the attention's argument that says where each image begins and ends in that sequence,
+            `(segments + 1,)`; None where a mask does, so that registers are shared by all images.
+        batch_of_patches: a packed tower takes patches as `(1, patches, ...)`.
+        merge: attribute of a packed tower: patches come in squares of so many by so many; None = row by row.
+        window: attribute of a packed tower: patches come window by window, each of so many pixels by so many.
+        masking: the method that leaves out random patches, and shuffles the others, where the tower has one:
+            `(sequence, noise) -> (sequence, mask, order)`, as ViT-MAE's. While testreg looks it does neither.
+        package: top-level package of the tower class, or several.
     """
 
     towers: str | tuple[str, ...]
@@ -44,15 +51,23 @@ class Family:
     down: str | tuple[str, ...] = "mlp.fc2"
     attention: str | tuple[str, ...] = ("attention.attention", "attention")
     prefix: int = 1
-    prefix_from: str | None = None
+    prefix_from: str | tuple[str, ...] | None = None
     seed: str | None = None
     masks: tuple[str, ...] = ("attention_mask",)
     padded: bool = False
     rope: str | None = None
+    turn: str | None = None
     positions: str | None = None
     bias: str | tuple[str, ...] = ()
     shared_bias: str | tuple[str, ...] = ()
-    package: str = "transformers"
+    sequence_first: bool = False
+    packed: bool = False
+    segments: str | None = None
+    batch_of_patches: bool = False
+    merge: str | None = None
+    window: str | None = None
+    masking: str | None = None
+    package: str | tuple[str, ...] = "transformers"
 
 
 LAYERS = ("layers", "encoder.layer")  # transformers moved the blocks of its ViTs, and named their MLPs anew, within 5.x
@@ -66,11 +81,25 @@ BIASED: dict[str, Any] = {
 TIMM: dict[str, Any] = {
     "attention": "attn",
     "prefix": 0,
-    "prefix_from": "num_prefix_tokens",
+    # RADIO puts a generator of its own in place of timm's embeddings; num_tokens is what timm before 0.6 had.
+    "prefix_from": ("patch_generator.num_skip", "num_prefix_tokens", "num_tokens"),
     "seed": "norm_pre",
     "masks": ("attn_mask",),
     "package": "timm",
 }
+
+
+RESBLOCKS: dict[str, Any] = {
+    "blocks": "transformer.resblocks",
+    "down": "mlp.c_proj",
+    "attention": "attn",
+    "seed": "ln_pre",
+    "masks": ("attn_mask",),
+}
+W3, DOWN, FC2 = ("mlp.w3", "mlp.fc2"), "mlp.down_proj", "mlp.linear_fc2"
+BIAS, MASK = ("attn_bias",), ("mask",)
+MERGED, CONFIG_MERGED, WINDOW = "spatial_merge_size", "config.spatial_merge_size", "window_size"
+HUB = ("dinov2", "depth_anything_v2", "vggt")  # whose copies of one file hold the same tower
 
 
 def _clip(*towers: str, seed: str | None = "pre_layrnorm", prefix: int = 1, **more: Any) -> Family:
@@ -78,11 +107,19 @@ def _clip(*towers: str, seed: str | None = "pre_layrnorm", prefix: int = 1, **mo
     return Family(towers, "encoder.layers", attention="self_attn", seed=seed, prefix=prefix, **more)
 
 
+def _packed(
+    *towers: str, down: str = "mlp.fc2", blocks: str = "blocks", attention: str = "attn", **more: Any
+) -> Family:
+    """One of the towers that take the patches of all images as one sequence."""
+    more = {"prefix": 0, "segments": "cu_seqlens", "rope": "position_embeddings", **more}
+    return Family(towers, blocks, down, attention, packed=True, **more)
+
+
 FAMILIES: dict[str, Family] = {
     "vit": Family("ViTModel", LAYERS, MLP),
     "deit": Family("DeiTModel", LAYERS, MLP, prefix=2),
     "vit-msn": Family("ViTMSNModel", LAYERS, MLP),
-    "vit-mae": Family("ViTMAEModel", LAYERS, MLP),
+    "vit-mae": Family("ViTMAEModel", LAYERS, MLP, masking="embeddings.random_masking"),
     "ijepa": Family("IJepaModel", LAYERS, MLP, prefix=0),
     "dinov2": Family(("Dinov2Model", "Dinov2Backbone"), "encoder.layer", SWIGLU),
     "dinov2-with-registers": Family(
@@ -124,30 +161,108 @@ FAMILIES: dict[str, Family] = {
     "instructblip": _clip("InstructBlipVisionModel", seed=None),
     "aimv2": Family("Aimv2VisionModel", "encoder.layers", "ffn.down_proj", prefix=0),
     "internvl": Family("InternVLVisionModel", "encoder.layer"),
+    "ovis2": Family("Ovis2VisionModel", "transformer.encoder.layers", "ffn.down_proj", prefix=0),
+    "radio": Family(
+        "RadioModel",
+        "encoder.layer",
+        SWIGLU,
+        prefix=0,
+        prefix_from="config.num_summary_tokens",
+        segments="cu_seqlens",  # where images of several sizes come packed
+    ),
     "videomae": Family("VideoMAEModel", LAYERS, MLP, prefix=0),
     "vjepa2": Family("VJEPA2Encoder", "layer", prefix=0, positions="position_mask"),
     "timm-vit": Family("VisionTransformer", "blocks", **TIMM),
     "timm-eva": Family("Eva", "blocks", rope="rope", **TIMM),
-    "open-clip": Family(
-        "VisionTransformer",
-        "transformer.resblocks",
-        "mlp.c_proj",
-        "attn",
-        seed="ln_pre",
-        masks=("attn_mask",),
-        package="open_clip",
-    ),
+    "timm-naflex": Family("NaFlexVit", "blocks", padded=True, rope="rope", **TIMM),
+    "open-clip": Family("VisionTransformer", package="open_clip", **RESBLOCKS),
     "torchvision-vit": Family(
         "VisionTransformer", "encoder.layers", "mlp.3", "self_attention", masks=("attn_mask",), package="torchvision"
+    ),
+    # Makers' own code
+    "openai-clip": Family("VisionTransformer", sequence_first=True, package=("clip", "alpha_clip"), **RESBLOCKS),
+    "perception-encoder": Family(
+        "VisionTransformer", prefix=0, prefix_from="use_cls_token", turn="rope", package="core", **RESBLOCKS
+    ),
+    "eva-clip": Family(
+        "EVAVisionTransformer",
+        "blocks",
+        W3,
+        "attn",
+        masks=("attn_mask", "rel_pos_bias"),
+        turn="rope",
+        package="eva_clip",
+    ),
+    "dinov2-hub": Family(
+        "DinoVisionTransformer", "blocks", W3, "attn", prefix_from="num_register_tokens", masks=BIAS, package=HUB
+    ),
+    "dinov3-hub": Family(
+        "DinoVisionTransformer", "blocks", W3, "attn", prefix_from="n_storage_tokens", masks=BIAS, package="dinov3"
+    ),
+    "internvit": Family(
+        "InternVisionModel", "encoder.layers", attention="attn", package=("transformers_modules", "internvl")
+    ),
+    "aimv2-apple": Family("AIMv2VisionEncoder", "trunk.blocks", attention="attn", prefix=0, masks=MASK, package="aim"),
+    "jepa": Family(  # I-JEPA, V-JEPA and V-JEPA 2 all call their package so
+        "VisionTransformer",
+        "blocks",
+        ("mlp.fc3", "mlp.fc2"),
+        "attn",
+        prefix=0,
+        masks=("attn_mask",),
+        positions="mask",
+        package="src",
+    ),
+    "mae": Family(
+        "MaskedAutoencoderViT",
+        "blocks",
+        attention="attn",
+        masks=("attn_mask",),
+        package=("models_mae", "mae"),
+    ),
+    # Packed towers
+    "qwen2-vl": _packed("Qwen2VisionTransformerPretrainedModel", merge=MERGED),
+    "qwen2.5-vl": _packed("Qwen2_5_VisionTransformerPretrainedModel", down=DOWN, merge=MERGED, window=WINDOW),
+    "qwen2.5-omni": _packed("Qwen2_5OmniVisionEncoder", down=DOWN, merge=MERGED, window=WINDOW),
+    "qwen3-vl": _packed("Qwen3VLVisionModel", "Qwen3VLMoeVisionModel", down=FC2, merge=MERGED),
+    "qwen3-omni": _packed("Qwen3OmniMoeVisionEncoder", down=FC2, merge=MERGED),
+    "qwen3.5": _packed("Qwen3_5VisionModel", "Qwen3_5MoeVisionModel", down=FC2, merge=MERGED),
+    "qwen4": _packed("Qwen4ExpVisionModel", down=FC2, merge=MERGED),
+    "cohere-compass": _packed("CohereCompassVisionModel", down=FC2, merge=MERGED),
+    "exaone-4.5": _packed("Exaone4_5_VisionModel", down=DOWN, merge=MERGED, window=WINDOW),
+    "glm-4v": _packed("Glm4vVisionModel", "Glm4vMoeVisionModel", down=DOWN, merge=MERGED),
+    "glm-5": _packed("Glm5NextVisionModel", down=DOWN, merge=MERGED),
+    "glm-ocr": _packed("GlmOcrVisionModel", down=DOWN, merge=MERGED),
+    "glm-image": _packed("GlmImageVisionModel", merge=MERGED),
+    "ernie-4.5-vl": _packed("Ernie4_5_VLMoeVisionTransformerPretrainedModel", merge=MERGED),
+    "videollama-3": _packed("VideoLlama3VisionModel", blocks="encoder.layers", attention="self_attn", merge=MERGED),
+    "paddleocr-vl": _packed(
+        "PaddleOCRVisionTransformer", blocks="encoder.layers", attention="self_attn", batch_of_patches=True
+    ),
+    "kimi": _packed("Kimi_K25VisionModel", blocks="layers"),
+    "hunyuan-vl": _packed("HunYuanVLVisionTransformer", blocks="layers", attention="self_attn"),
+    "minimax-m3": _packed("MiniMaxM3VLVisionModel", blocks="layers", attention="self_attn", merge=MERGED),
+    "cosmos-3": _packed("Cosmos3EdgeVisionModel", blocks="encoder.layers", attention="self_attn", merge=MERGED),
+    "inkling-2": _packed("Inkling2VisionModel", blocks="layers", attention="self_attn", prefix=1, merge=CONFIG_MERGED),
+    "muse": _packed("MuseGlimmerVisionModel", "MuseSparkVisionModel", blocks="layers", merge=MERGED, window=WINDOW),
+    "pixtral": _packed(
+        "PixtralVisionModel",
+        blocks="transformer.layers",
+        down="feed_forward.down_proj",
+        attention="attention",
+        segments=None,
     ),
 }
 
 WINDOWS = "it attends inside windows, and a register, which belongs to the whole image, is in none of them"
 NO_TOKENS = "it is a convolutional network, without tokens that a register could join"
-PACKED = "it packs the patches of all images into one sequence, where a register would be shared between images"
+MERGED_INSIDE = "it merges its patches between two blocks, and registers would be measured for two kinds of tokens"
+CONVOLVED = "some of its blocks are convolutions, in which nothing attends to a register"
+EXPERTS = "its MLPs choose among experts, so no neuron sees all tokens"
+UNCALLED = "its blocks are lists that are never called, so nothing can join before one or leave after it"
 POOLED = "it merges its tokens between stages, so a register cannot travel from block to block"
 
-REFUSED: dict[str, str] = {
+REFUSED: dict[str, str] = {  # class names, or packages
     **dict.fromkeys(("SwinModel", "SwinBackbone", "Swinv2Model", "Swinv2Backbone", "SwinTransformer"), WINDOWS),
     **dict.fromkeys(("SwinTransformerV2", "DonutSwinModel", "MaskFormerSwinModel", "Swin2SRModel"), WINDOWS),
     **dict.fromkeys(
@@ -158,176 +273,11 @@ REFUSED: dict[str, str] = {
         ("ConvNextModel", "ConvNextBackbone", "ConvNextV2Model", "ConvNextV2Backbone", "ConvNeXt"), NO_TOKENS
     ),
     **dict.fromkeys(("ResNetModel", "ResNetBackbone", "ResNet", "DINOv3ConvNextModel", "ModifiedResNet"), NO_TOKENS),
-    **dict.fromkeys(("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"), PACKED),
-    **dict.fromkeys(("Qwen3VLVisionModel", "Glm4vVisionModel", "PixtralVisionModel", "NaFlexVit"), PACKED),
-    **dict.fromkeys(("VideoLlama3VisionModel", "Kimi_K25VisionModel"), PACKED),
     **dict.fromkeys(("HieraModel", "HieraBackbone", "Hiera", "Sam2HieraDetModel", "PvtModel", "PvtV2Model"), POOLED),
     **dict.fromkeys(("SegformerModel", "MultiScaleVit", "LevitModel"), POOLED),
+    **dict.fromkeys(("MiniCPMV4_6VisionModel", "MiniCPMV4_7VisionModel", "MiniCPMOcrVisionModel"), MERGED_INSIDE),
+    "Lfm3VlVisionModel": CONVOLVED,
+    "Dots3NoteVisionModel": EXPERTS,
+    "vit_pytorch": UNCALLED,
     "Beit": "its attention keeps a position table of fixed size (the same model in transformers, BeitModel, can)",
 }
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A vision tower found inside a model.
-
-    Attributes:
-        path: dotted name of the tower in the model, `""` where the model is the tower.
-        family: its key in `FAMILIES`, and `row` what is there.
-        prefix: number of tokens in front of the patches, class, distillation and native register tokens together.
-        channels: width of the residual stream.
-        neurons: number of MLP neurons per block.
-    """
-
-    path: str
-    family: str
-    row: Family
-    module: nn.Module
-    blocks: tuple[nn.Module, ...]
-    downs: tuple[nn.Module, ...]
-    attentions: tuple[nn.Module, ...]
-    seed: nn.Module | None
-    prefix: int
-    channels: int
-    neurons: tuple[int, ...]
-
-
-def find_tower(model: nn.Module) -> Tower:
-    """The one vision tower of `model`: a tower, a model with a head, a pipeline, a vision-language model.
-
-    Raises:
-        UnsupportedModel: no submodule belongs to a known family, or more than one tower does.
-    """
-    if not isinstance(model, nn.Module):
-        inner = getattr(model, "model", None)  # a transformers pipeline
-        if not isinstance(inner, nn.Module):
-            raise UnsupportedModel(f"a model is needed, a torch.nn.Module, but {type(model).__name__} was given.")
-        model = inner
-    if isinstance(model, nn.DataParallel):
-        raise UnsupportedModel(
-            "nn.DataParallel copies a model to other devices at every call, its patch not among the copies: use "
-            "DistributedDataParallel, or patch model.module on one device."
-        )
-    towers: list[Tower] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
-            continue  # inside a tower that is already found
-        for name, family in FAMILIES.items():
-            if _belongs(module, family):
-                towers.append(resolve(path, module, name, family))
-                break
-    if not towers:
-        raise UnsupportedModel(_refused(model) or _unknown(model))
-    if len(towers) > 1:
-        raise UnsupportedModel(
-            f"{type(model).__name__} holds {len(towers)} vision towers ({', '.join(tower.path for tower in towers)}): "
-            f"pass one of them, as in testreg.find(model.{towers[0].path}, images)."
-        )
-    return towers[0]
-
-
-def reach(module: nn.Module, paths: str | tuple[str, ...]) -> Any:
-    """The attribute at a dotted path, or at the first of several that is there; None where there is none."""
-    path = path_to(module, paths)
-    return None if path is None else walk(module, path)
-
-
-def path_to(module: nn.Module, paths: str | tuple[str, ...]) -> tuple[str, ...] | None:
-    """The dotted path, or the first of several, at which there is something, in its parts; None where there is none."""
-    parts = (tuple(path.split(".")) for path in each(paths))
-    return next((path for path in parts if walk(module, path) is not None), None)
-
-
-def walk(module: Any, path: tuple[str, ...]) -> Any:
-    """The attribute at a path in its parts; None where there is none."""
-    for name in path:
-        module = getattr(module, name, None)
-    return module
-
-
-def each(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The paths or class names of a row's field, which may be one or several."""
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _belongs(module: nn.Module, family: Family) -> bool:
-    classes = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.split(".")[0] == family.package}
-    return not classes.isdisjoint(each(family.towers)) and isinstance(
-        reach(module, family.blocks), (nn.ModuleList, nn.Sequential)
-    )
-
-
-def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
-    blocks = tuple(reach(module, family.blocks))
-    if not blocks:
-        raise UnsupportedModel(f"{type(module).__name__} has no blocks, so there is nothing to patch.")
-    downs, attentions = [], []
-    for index, block in enumerate(blocks):
-        down, attention = reach(block, family.down), reach(block, family.attention)
-        if down is None or attention is None:
-            missing = " or ".join(each(family.down if down is None else family.attention))
-            raise UnsupportedModel(
-                f"{type(module).__name__} is of the family {name!r}, but its block {index} ({type(block).__name__}) "
-                f"has no {missing}: it is built in another way than its family, and cannot be patched."
-            )
-        downs.append(down)
-        attentions.append(attention)
-    seed = reach(module, family.seed) if family.seed else None
-    return Tower(
-        path=path,
-        family=name,
-        row=family,
-        module=module,
-        blocks=blocks,
-        downs=tuple(downs),
-        attentions=tuple(attentions),
-        seed=None if isinstance(seed, nn.Identity) else seed,
-        prefix=family.prefix + (int(reach(module, family.prefix_from)) if family.prefix_from else 0),
-        channels=int(downs[0].out_features),
-        neurons=tuple(int(down.in_features) for down in downs),
-    )
-
-
-def _refused(model: nn.Module) -> str | None:
-    for path, module in model.named_modules():
-        for name in (cls.__name__ for cls in type(module).__mro__):
-            if name in REFUSED:
-                what = type(model).__name__ + (f" (in its {path}, a {name})" if path else "")
-                return f"{what} cannot have registers: {REFUSED[name]}."
-    return None
-
-
-def _unknown(model: nn.Module) -> str:
-    name, package = type(model).__name__, type(model).__module__.split(".")[0]
-    if getattr(model, "main_input_name", "") == "input_ids":
-        return (
-            f"{name} is a text model; testreg patches Vision Transformers ({', '.join(FAMILIES)}). Whether it has "
-            f"attention sinks tells testreg.inspect(model, text=...), or testreg inspect MODEL --text FILE."
-        )
-    return (
-        f"{name} is of no known family ({', '.join(FAMILIES)}). If it is a Vision Transformer whose blocks take "
-        f"(batch, tokens, channels), describe it first, with the paths and number of prefix tokens checked:\n"
-        f'    testreg.FAMILIES["my-vit"] = testreg.Family(\n'
-        f"        {_guess(model)}, package={package!r})"
-    )
-
-
-def _guess(model: nn.Module) -> str:
-    """The row that would describe `model`, as far as names can tell."""
-    lists = (
-        (path, module) for path, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
-    )
-    path, blocks = max(
-        ((path, blocks) for path, blocks in lists if len({type(block) for block in blocks}) == 1),
-        key=lambda item: len(item[1]),
-        default=("encoder.layers", []),
-    )
-    parts = dict(blocks[0].named_modules()) if len(blocks) else {}
-    attention = next((name for name in parts if "att" in name.lower()), "attention")
-    linears = [
-        name for name, part in parts.items() if isinstance(part, nn.Linear) and not name.startswith(f"{attention}.")
-    ]
-    tokens = ("cls", "class", "dist")
-    prefix = sum(any(part in name.lower() for part in tokens) for name, _ in model.named_parameters() if "tok" in name)
-    down = linears[-1] if linears else "mlp.fc2"
-    return f'"{type(model).__name__}", "{path}", "{down}", "{attention}", prefix={prefix}'

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import redirect
+from . import packed, redirect
 from .errors import TestregError, UnsupportedModel
 from .relay import Placed, Relay, Start
 
 ATTENTION, NEURONS = 1, 2  # what acts inside a block
+LONGEST = "max_seqlen"  # transformers' name of the longest segment
 SQUARE = "attn_mask"  # torch's own name of a mask, whose two dimensions are queries and keys
 
 
@@ -83,7 +84,7 @@ class Block(Forward):
         try:
             output = self.original(*args, **kwargs)
         finally:
-            here.block = None
+            here.block, here.registers = None, 0
         if here.acted & self.acts != self.acts:
             missing = "second linear" if here.acted & ATTENTION or not self.acts & ATTENTION else "attention"
             raise TestregError(
@@ -103,17 +104,25 @@ class Attention(Forward):
     def __init__(self, relay: Relay, index: int, module: nn.Module):
         super().__init__(relay, index, module)
         row, plan = relay.tower.row, relay.plan
-        self.masks, self.rope, self.positions = row.masks, row.rope, row.positions
+        self.masks, self.rope, self.segments = row.masks, row.rope, row.segments
+        self.positions = row.positions if row.positions in self.names else None
         self.growing = {*row.masks, row.rope}
         self.padded = plan.form == "dynamic" and index in plan.neurons
         self.inverted = isinstance(module, nn.MultiheadAttention)  # its masks of booleans say who may not attend
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        here = self.relay.here
-        if self.off or here.block is None:  # alone, it has its own tokens
+        if self.off:
             return self.original(*args, **kwargs)
-        here.acted |= ATTENTION
-        return self._grown(here.registers, args, kwargs)
+        if self.segments and kwargs.get(self.segments) is not None:
+            raise TestregError(
+                f"block {self.index} was given images packed into one sequence ({self.segments}), in which a token "
+                f"would belong to all of them: give images of one size, or take registers that only attention sees "
+                f"(form='attention')."
+            )
+        first = args[0] if args else kwargs[self.names[0]]  # (batch, registers + tokens, channels)
+        registers = self.relay.registers_in(self.index, self.relay.tower.turned(first).shape[1])
+        self.relay.here.acted |= ATTENTION
+        return self._grown(registers or 0, args, kwargs)
 
     def _grown(self, registers: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original's output for tokens that have registers in front, which its other arguments do not know of."""
@@ -129,7 +138,7 @@ class Attention(Forward):
     def _told(self, registers: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         first = given.pop(self.names[0])
-        tokens = first.shape[1] - registers
+        tokens = self.relay.tower.turned(first).shape[1] - registers
         for name in self.masks:
             mask = given.get(name)
             if isinstance(mask, Tensor):
@@ -153,48 +162,91 @@ class Rows(Attention):
     def __init__(self, relay: Relay, index: int, module: nn.Module):
         super().__init__(relay, index, module)
         self.start = Start(relay, index - relay.plan.entry)
+        self.shared = relay.tower.row.packed and not relay.tower.row.segments
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
         self.relay.here.acted |= ATTENTION
         first = args[0] if args else kwargs[self.names[0]]  # (batch, tokens, channels)
+        if self.shared and kwargs.get("cu_seq_lens_q") is not None:
+            raise UnsupportedModel(
+                f"flash attention parts the images of {type(self.relay.tower.module).__name__} by their lengths, so no "
+                f"row can be shared by them: model.set_attn_implementation('sdpa')."
+            )
         if first.ndim != 3:
             raise UnsupportedModel(
                 f"the attention of block {self.index} ({type(self.module).__name__}) is given {first.ndim} dimensions, "
                 f"not (batch, tokens, channels), so that no row can be put in front of its tokens: take another form."
             )
-        rows = self.start.like(first, self.relay.count(first.shape[1]))
-        registers, joined = rows.shape[1], redirect.join(rows, first)
+        turned = self.relay.tower.turned
+        rows = self.start.like(first, self.relay.count(turned(first).shape[1]))
+        registers, joined = rows.shape[1], turned(redirect.join(rows, turned(first)))
         self.relay.here.registers = registers  # for a position bias that is made inside
         # Where queries, keys and values come one by one, they are the same tensor, as attention to oneself has it.
         args = tuple(joined if value is first else value for value in args)
         kwargs = {name: joined if value is first else value for name, value in kwargs.items()}
-        output = self._grown(registers, args, kwargs)
-        self.relay.here.registers = 0
+        try:
+            output = self._grown(registers, args, kwargs)
+        finally:
+            self.relay.here.registers = 0
         full, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if self.relay.record is not None:
-            self.relay.record.registers[self.index] = full[:, :registers]
-        tokens = full[:, registers:]  # (batch, tokens, channels)
+            self.relay.record.registers[self.index] = turned(full)[:, :registers]
+        tokens = turned(turned(full)[:, registers:])  # (batch, tokens, channels)
         return tokens if rest is None else (tokens, *rest)
+
+
+class PackedRows(Rows):
+    """An attention over the tokens of all images in one sequence: each image's segment gets the rows in front."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.segments or ""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        segments = given.get(name)
+        if self.off or segments is None:
+            return super().forward(*args, **kwargs)
+        self.relay.here.acted |= ATTENTION
+        tokens = given.pop(self.names[0])  # (tokens, channels) or (1, tokens, channels)
+        law = self.relay.plan.law
+        counts = None if law is None else [law(length) for length in segments.diff().tolist()]
+        rows = self.start.like(tokens, self.relay.plan.registers)[0]  # (registers, channels)
+        at = packed.places(segments, tokens.shape[-2], len(rows), counts)
+        given[name] = at.segments
+        if given.get(LONGEST) is not None:
+            given[LONGEST] = packed.longest(given[LONGEST], at)
+        if self.rope and given.get(self.rope) is not None:
+            given[self.rope] = packed.unturned(given[self.rope], at)
+        output = self.original(packed.join(rows, tokens, at), **given)
+        if not isinstance(output, tuple):
+            return packed.leave(output, at)
+        maps = [
+            packed.leave(packed.leave(part, at).mT, at).mT if isinstance(part, Tensor) else part for part in output[1:]
+        ]
+        return (packed.leave(output[0], at), *maps)
 
 
 class Bias(Forward):
     """A position bias that counts the tokens without registers; the attention that calls it needs it grown."""
 
-    def __init__(self, relay: Relay, index: int, module: nn.Module, *, inside: bool):
+    def __init__(self, relay: Relay, index: int, module: nn.Module, *, inside: bool = False, shared: bool = False):
         super().__init__(relay, index, module)
-        self.inside = inside
+        self.inside, self.shared = inside, shared
+        self.carried = relay.plan.form != "attention" and not shared  # it is told of tokens with registers among them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
-        registers = self.relay.here.registers
-        if kwargs.get("dim_size") is not None:
+        registers, length = self.relay.here.registers, kwargs.get("dim_size")
+        if self.carried and length is not None:
+            registers = self.relay.registers_in(self.index, length) or 0
+        if length is not None:
             kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - registers}
         bias: Tensor = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
         if not self.inside:
-            self.relay.here.bias = bias
+            here = self.relay.here
+            here.bias = bias if self.shared or here.shared is None else bias + here.shared
+            here.shared = bias if self.shared else here.shared
             return bias
         return redirect.grow(bias, registers, bias.shape[-1])
 
@@ -219,15 +271,17 @@ class Neurons(Forward):
         neurons, rest = self.neurons.on(activation.device), self.rest.like(activation)
         if not self.carried:
             return self.original(redirect.rest(activation, neurons, rest), *args, **kwargs)
-        if here.block != self.index:
+        registers = self.relay.registers_in(self.index, self.relay.tower.turned(activation).shape[1])
+        if registers is None:
             raise TestregError(
                 f"the second linear of block {self.index} was called without its block, so which of its tokens are "
                 f"registers cannot be told: the block's forward was restored or passed by, or a traced copy of the "
                 f"model shares this module. Patch the model again, or trace it while it is patched; registers that "
                 f"only attention sees (form='attention') need no block."
             )
-        moved = redirect.move(activation, neurons, here.registers, rest, fill=self.fill, real=here.real)
-        return self.original(moved, *args, **kwargs)
+        turned = self.relay.tower.turned
+        moved = redirect.move(turned(activation), neurons, registers, rest, fill=self.fill, real=here.real)
+        return self.original(turned(moved), *args, **kwargs)
 
 
 def names(module: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -12,22 +13,22 @@ from torch import nn
 
 from .carrier import Carrier
 from .errors import AnotherModel, BadPlan, TestregError
-from .decoders import found_again, tower_of
-from .families import Tower, path_to, reach, walk
 from .fingerprint import fits
-from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, Rows
+from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows
 from .guard import PATCHES, Guard, acting
-from .plan import BEFORE, RegisterPlan
-from .prefix import Later, Prefixed, measure, rotary, tables
+from .paths import path_to, reach, walk
+from .plan import RegisterPlan
 from .relay import Record, Relay
+from .towers import Tower, blocks_of, find_tower, resolve
+from .turn import Turn, TurnCall
 
 
-def patch(model: nn.Module, found: RegisterPlan) -> Patch:
+def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
     """Give `model` the registers of `found`, in place, until the patch is removed.
 
     Args:
         model: a Vision Transformer, or a model that holds one; training mode, device and dtype may change afterwards.
-        found: the plan to apply.
+        found: the plan to apply, or the path of its file.
 
     Returns:
         The patch: a context manager with `.remove()`, which restores every output bit for bit. Of several patches on
@@ -35,16 +36,12 @@ def patch(model: nn.Module, found: RegisterPlan) -> Patch:
 
     Raises:
         UnsupportedModel: no family describes the model.
-        BadPlan: the plan does not fit the model.
+        BadPlan: the plan does not fit the model, or is none.
 
     Warns:
         AnotherModel: the plan was found on other weights.
     """
-    if not isinstance(found, RegisterPlan):
-        raise BadPlan(
-            f"a RegisterPlan is needed, not a {type(found).__name__}: testreg.RegisterPlan.load(FILE) reads one."
-        )
-    return Patch(model, found)
+    return Patch(model, RegisterPlan.of(found))
 
 
 def active(model: nn.Module) -> Patch | None:
@@ -67,7 +64,7 @@ class Patch:
     """Registers on a model; see `patch`. It adds no parameter and no buffer."""
 
     def __init__(self, model: nn.Module, plan: RegisterPlan):
-        tower = tower_of(model, plan)
+        tower = find_tower(model)
         check(tower, plan)
         if not fits(plan, tower):
             warnings.warn(
@@ -81,6 +78,7 @@ class Patch:
         self._guard = Guard(model if isinstance(model, nn.Module) else model.model)  # the latter in a pipeline
         self._relay = Relay(tower, plan)
         self._worn: list[Forward] = []
+        self._turns: list[TurnCall] = []
         self._hooks: list[Any] = []
         self._stack().append(self)
         self._show_top()
@@ -89,6 +87,12 @@ class Patch:
     def tower(self) -> Tower:
         """What the registers are in."""
         return self._relay.tower
+
+    @property
+    def inside(self) -> Any:
+        """How many registers are in front of the tokens where this thread is now, inside a block or its attention."""
+        here = self._relay.here
+        return here.registers if here.block is not None or self.plan.form == "attention" else 0
 
     def __enter__(self) -> Patch:
         return self
@@ -119,13 +123,14 @@ class Patch:
             TestregError: the model was changed so far that the plan does not fit it.
         """
         tower = self.tower
-        blocks = tuple(reach(tower.module, tower.row.blocks) or ())
+        blocks = blocks_of(tower.module, tower.row)
         if not self._hooks or all(self._still(worn, blocks) for worn in self._worn):
             return
         self._uninstall()
         try:
-            self._relay.tower = found_again(tower)
-            if blocks != tower.blocks[: len(blocks)]:  # the first ones alone need nothing that the others had
+            self._relay.tower = resolve(tower.path, tower.module, tower.family, tower.row)
+            pruned = len(blocks) < len(tower.blocks) and blocks == tower.blocks[: len(blocks)]
+            if not pruned:  # the first blocks alone need nothing that the others had
                 check(self.tower, self.plan)
         except TestregError as error:
             raise TestregError(
@@ -169,8 +174,9 @@ class Patch:
             if plan.registers and index >= plan.entry:
                 acts |= ATTENTION
                 in_block = path_to(block, tower.row.attention)
-                kind = Prefixed if plan.language else Attention if carries else Rows
-                self._wear(kind(relay, index, attention), in_block)
+                rows = PackedRows if tower.row.segments else Rows
+                self._wear((Attention if carries else rows)(relay, index, attention), in_block)
+                self._wear_turn(index, attention)
                 bias = reach(block, tower.row.bias)
                 if bias is not None:
                     self._wear(Bias(relay, index, bias, inside=bias in list(attention.modules())))
@@ -181,12 +187,16 @@ class Patch:
                 self._wear((Carrier if carrier else Block)(relay, index, block, acts), ())
         shared = reach(tower.module, tower.row.shared_bias)
         if shared is not None and plan.registers:
-            self._wear(Bias(relay, 0, shared, inside=False))
-        if plan.language and plan.registers:
-            if plan.positions == BEFORE and not rotary(tower):
-                for table in tables(tower):
-                    self._wear(Later(relay, 0, table))
-            measure(tower, relay)
+            self._wear(Bias(relay, 0, shared, shared=True))
+
+    def _wear_turn(self, index: int, attention: nn.Module) -> None:
+        name = self.tower.row.turn
+        turn = getattr(attention, name, None) if name else None
+        if isinstance(turn, nn.Module):
+            if not any(worn.module is turn for worn in self._worn):
+                self._wear(Turn(self._relay, index, turn))
+        elif turn is not None and name is not None:
+            self._turns.append(TurnCall(self._relay, attention, name))
 
     def _wear(self, instead: Forward, path: tuple[str, ...] | None = None) -> None:
         # An instance attribute is the least invasive place: no subclass, no wrapper module, no key of the state dict
@@ -198,20 +208,21 @@ class Patch:
     def _uninstall(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        while self._worn:
-            self._worn.pop().take_off()
+        for put in (self._worn, self._turns):
+            while put:
+                put.pop().take_off()
         self._guard.off()
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return  # a compiler guards what it read, and reads it anew when that is exchanged
         if module is self.tower.module:
-            self._relay.here.passed = 0
+            self._relay.here.passed = False
         self.follow()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self._relay.here
-        here.waiting = here.bias = None
+        here.waiting = here.bias = here.shared = None
         if torch.compiler.is_compiling() or here.passed or output is None or not self._worn:
             return
         raise TestregError(
@@ -236,6 +247,12 @@ def check(tower: Tower, plan: RegisterPlan) -> None:
         what = f"the {tower.family} tower {type(tower.module).__name__}"
         return BadPlan(f"{wants}, but {what} has {has}: the plan was made for another model.")
 
+    if tower.row.packed and plan.registers and plan.form != "attention":
+        raise BadPlan(
+            f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
+            f"belong to all of them: only registers that attention alone sees fit it (form='attention'), no "
+            f"{plan.form} ones."
+        )
     blocks = f"blocks 0 to {len(tower.blocks) - 1}"
     if plan.entry >= len(tower.blocks):
         raise misfit(blocks, f"the registers join before block {plan.entry}")

@@ -12,7 +12,7 @@ from .errors import BadPlan
 
 MOST_REGISTERS = 1024  # far beyond any use; a plan file is not trusted with the size of an allocation
 MOST_PATCHES = 2**20
-UNIT = 2**16  # parts of a register that the line is drawn in: whole numbers, which every tracer follows
+UNIT = 2**24  # parts of a register that the line is drawn in: whole numbers, which every tracer follows
 
 
 @dataclass(frozen=True)

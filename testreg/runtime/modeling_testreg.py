@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from .errors import BadCheckpoint, TestregError
 from .guard import SavePretrained
 from .installer import patch
+from .packed import join as _join  # noqa: F401, transformers copies the files that are imported in this form
 from .plan import RegisterPlan
 from .recipe import MODEL_TYPE, PLAN, Recipe
-from .redirect import move as _move  # noqa: F401, transformers copies the files that are imported in this form
+from .redirect import move as _move  # noqa: F401, as above
 
 # Weights of transformers and of testreg, not those that a repository holds for other libraries; no code, no pickle.
 FILES = ["*.json", "model*.safetensors", PLAN, "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
@@ -51,8 +54,11 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return _load(directory, recipe, config, class_of(recipe.architecture, config), **unused)
 
 
-def fetch(path: str | Path, kwargs: dict[str, Any]) -> Path:
+def fetch(path: str | Path, kwargs: dict[str, Any], more: Iterable[str] = ()) -> Path:
     """The directory that `path`, a directory or a name on the hub, stands for; takes the hub's settings from `kwargs`.
+
+    Args:
+        more: patterns of files that are wanted beside `FILES`.
 
     Raises:
         BadCheckpoint: there is neither.
@@ -67,7 +73,7 @@ def fetch(path: str | Path, kwargs: dict[str, Any]) -> Path:
         if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise BadCheckpoint(f"there is no directory {path}. Give one with a config.json, or a name on the hub.")
         try:
-            directory = Path(snapshot_download(name, allow_patterns=FILES, **hub))
+            directory = Path(snapshot_download(name, allow_patterns=[*FILES, *more], **hub))
         except Exception as error:  # of the hub's client: offline, no such name, no access, a full disk
             raise BadCheckpoint(
                 f"{name} is no directory here, and cannot be had from the hub: {str(error).splitlines()[0]}"
@@ -121,8 +127,12 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
     plan = RegisterPlan.load(directory / PLAN)
     config.transformers_weights = recipe.weights
     as_saved = model_class.__name__ == recipe.architecture
-    init = dict(recipe.init) if set(recipe.init) <= set(inspect.signature(model_class).parameters) else {}
+    init = takes(model_class, recipe.init)
     wants_info = kwargs.pop("output_loading_info", False)
+    dtypes = {name: getattr(torch, dtype) for name, dtype in recipe.dtypes.items()}
+    mixed = bool(dtypes) and kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto")
+    if mixed:  # `from_pretrained` gives all weights one: the widest holds every number exactly
+        kwargs["dtype"] = reduce(torch.promote_types, dtypes.values())
     kwargs = {**init, **kwargs, "config": config, "use_safetensors": True, "output_loading_info": True}
     try:
         wanted = sum(weight.numel() for weight in skeleton(model_class, config, **init).state_dict().values())
@@ -143,9 +153,16 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
         if as_saved and (keys := sorted(map(str, info[name]))):
             raise BadCheckpoint(f"{directory} {verb} {model_class.__name__}: {', '.join(keys[:3])}.")
     del model.config.transformers_weights
+    for name, weight in [*model.named_parameters(), *model.named_buffers()] if mixed and as_saved else []:
+        weight.data = weight.data.to(dtypes.get(name, weight.dtype))
     patch(model, plan)
     model.save_pretrained = SavePretrained(model, loaded=True)
     return (model, info) if wants_info else model
+
+
+def takes(model_class: Any, init: Mapping[str, bool]) -> dict[str, bool]:
+    """What of `init` a class is built with: all of it, or nothing."""
+    return dict(init) if set(init) <= set(inspect.signature(model_class).parameters) else {}
 
 
 def skeleton(model_class: Any, config: PreTrainedConfig, **init: Any) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ FORMAT = "testreg-plan"
 VERSION = 2
 READABLE = (1, 2)  # 1 knows neither the attention form nor a law
 FORMS = ("dynamic", "constant", "attention")
-BEFORE, ON = "before", "on"  # where registers of a language model stand: before its first token, or on its place
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -47,8 +45,6 @@ class RegisterPlan:
             over ordinary patches. None = 0, as in the paper.
         form: "dynamic", "constant" or "attention"; by default what the state's shape says.
         law: how many registers for how many patches; None = as many at every size.
-        positions: of a language model's plan, where its registers stand: "before" its first token, as a start token of
-            the model's own would, or "on" its place. None = the plan is a vision tower's.
 
     Raises:
         BadPlan: a value is of the wrong type or out of range.
@@ -62,7 +58,6 @@ class RegisterPlan:
     rest: Mapping[int, tuple[float, ...]] | None = None
     form: str = ""
     law: Law | None = None
-    positions: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.neurons, Mapping):
@@ -90,30 +85,12 @@ class RegisterPlan:
         object.__setattr__(self, "form", form)
         if self.law is not None and not isinstance(self.law, Law):
             raise BadPlan(f"law must be a testreg.runtime.law.Law, not a {type(self.law).__name__}.")
-        if self.positions is not None and (self.positions not in (BEFORE, ON) or self.law):
-            raise BadPlan(f"positions must be {BEFORE!r} or {ON!r}, and goes with no law, not {self.positions!r:.50}.")
-        if self.positions is not None and registers and form != "attention":
-            raise BadPlan("registers of a language model are of the attention form: state must have three dimensions.")
         if self.law is not None and not registers:
             raise BadPlan("a plan without registers has no law of their number: leave law out.")
 
     def registers_for(self, patches: int) -> int:
         """How many registers an image of `patches` patches has, also where that is a symbol of a tracer."""
         return self.registers if self.law is None else self.law(patches)
-
-    @property
-    def language(self) -> bool:
-        """Whether it is a plan for a language model."""
-        return self.positions is not None
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of what the plan does."""
-        values = {key: value for key, value in self.to_dict().items() if key != "provenance"}
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-        if self.state is not None:
-            digest.update(self.state.contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -128,10 +105,10 @@ class RegisterPlan:
         return self.state is None or other.state is None or torch.equal(self.state, other.state)
 
     def __hash__(self) -> int:
-        return hash((self.pairs, self.registers, self.entry, self.form, self.law, self.positions))
+        return hash((self.pairs, self.registers, self.entry, self.form, self.law))
 
     def _discrete(self) -> tuple[Any, ...]:
-        return self.neurons, self.registers, self.entry, self.form, self.rest, self.law, self.positions
+        return self.neurons, self.registers, self.entry, self.form, self.rest, self.law
 
     def __str__(self) -> str:
         neurons = ", ".join(f"({block}, {neuron})" for block, neuron in self.pairs[:8]) + (
@@ -147,10 +124,44 @@ class RegisterPlan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the state as a tensor, all else as readable JSON in its metadata."""
+        """Write one safetensors file: the state as a tensor, all else as readable JSON in its metadata.
+
+        Folders that are missing are made. `~` is the home directory.
+        """
+        file = Path(path).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {} if self.state is None else {"state": self.state}
         metadata = {"format": FORMAT, "plan": json.dumps(self.to_dict(), sort_keys=True)}
-        Path(path).write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
+        file.write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
+
+    @classmethod
+    def of(cls, given: Any) -> RegisterPlan:
+        """A plan that was given as itself, as the path of its file, or as what `to_dict` gives of a dynamic one.
+
+        Raises:
+            BadPlan: it is nothing of the kind, or `load` or `from_dict` refuses it.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, (str, os.PathLike)):
+            return cls.load(os.fspath(given))
+        if isinstance(given, Mapping) and "neurons" in given:
+            if given.get("form") in FORMS and given["form"] != "dynamic":
+                raise BadPlan(
+                    f"the dict describes {given['form']} registers, and what they hold is not in it: give the plan "
+                    f"itself, or the file that plan.save(FILE) writes."
+                )
+            return cls.from_dict({**given})
+        shown = "{7: (417,)}"
+        if isinstance(given, Mapping):
+            raise BadPlan(
+                f"a dict is no register plan; where it maps blocks to neurons, as in {shown}, write "
+                f"testreg.RegisterPlan({shown})."
+            )
+        raise BadPlan(
+            f"a register plan is needed, what testreg.find(model, images) gives, or the path of its file, not a "
+            f"{type(given).__name__}."
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> RegisterPlan:
@@ -160,7 +171,7 @@ class RegisterPlan:
             BadPlan: the file is missing, damaged, of an unknown version, or holds values out of range.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safe_open(Path(path).expanduser(), framework="pt") as file:
                 metadata = file.metadata() or {}
                 names = list(file.keys())
                 if metadata.get("format") != FORMAT or set(names) - {"state"}:
@@ -185,7 +196,6 @@ class RegisterPlan:
             "form": str(self.form),
             "rest": None if self.rest is None else {str(block): list(row) for block, row in self.rest.items()},
             "law": None if self.law is None else self.law.to_dict(),
-            "positions": self.positions,
             "provenance": dict(self.provenance),
         }
 
@@ -219,7 +229,6 @@ class RegisterPlan:
             provenance=provenance,
             form=form,
             law=None if values.get("law") is None else Law.from_dict(values["law"]),
-            positions=values.get("positions"),
         )
 
 

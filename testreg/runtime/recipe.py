@@ -33,6 +33,7 @@ LARGEST_JSON = 64 * 2**20  # bytes
 LARGEST_PLAN = 64 * 2**20
 MOST_FILES = 10_000
 FILE = re.compile(r"[A-Za-z0-9_][\w.-]{0,200}\.(safetensors|json)")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 # Files that `from_pretrained` would read beside the weights, or instead of them.
 INTRUDER = re.compile(r"adapter_config\.json|shard-\d{5}-model-.*\.safetensors")
@@ -59,6 +60,7 @@ class Recipe:
         init: keyword arguments of the class that its config does not hold.
         attention: the attention implementation that the model ran with, so that outputs are the same bit for bit.
         versions: of the packages that wrote it.
+        dtypes: weight -> its dtype, where they are of several; else none.
 
     Raises:
         BadCheckpoint: a value is of the wrong type or out of range.
@@ -73,10 +75,11 @@ class Recipe:
     init: Mapping[str, bool] = field(default_factory=dict)
     attention: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _expect(isinstance(self.architecture, str) and self.architecture.isidentifier(), "class", self.architecture)
-        for name in ("files", "base_config", "base", "init", "versions"):
+        for name in ("files", "base_config", "base", "init", "versions", "dtypes"):
             _expect(isinstance(getattr(self, name), Mapping), name, getattr(self, name))
         _expect(
             isinstance(self.config, str) and bool(DIGEST.fullmatch(self.config)), "SHA-256 of the config", self.config
@@ -88,6 +91,8 @@ class Recipe:
         _expect(isinstance(self.weights, str) and self.weights in self.files, "weights", self.weights)
         _expect(PLAN in self.files, "files (the plan is not among them)", list(self.files))
         _expect(set(self.init) <= {"add_pooling_layer"} and set(self.init.values()) <= {False}, "init", self.init)
+        for name, dtype in self.dtypes.items():
+            _expect(isinstance(name, str) and dtype in DTYPES, f"dtype of {name}", dtype)
         _expect(self.attention in (None, "eager", "sdpa"), "attention", self.attention)
         model_type = self.base_config.get("model_type")
         _expect(isinstance(model_type, str) and model_type != MODEL_TYPE, "base model type", model_type)
@@ -132,7 +137,7 @@ class Recipe:
 
     def to_config(self) -> dict[str, Any]:
         """The values of `config.json`; stock classes stop at `transformers_weights` and print it."""
-        recipe = asdict(self)
+        recipe = {key: value for key, value in asdict(self).items() if key != "dtypes" or value}
         base_config = {**recipe.pop("base_config"), "transformers_weights": NOT_WITHOUT_REGISTERS}
         return {
             "model_type": MODEL_TYPE,

@@ -133,6 +133,17 @@ def unturned(rope: Any, registers: int) -> Any:
     return pad(cosines, (0, 0, registers, 0), value=1.0), pad(sines, (0, 0, registers, 0))
 
 
+def beside(turn: Any, registers: Any, *values: Tensor, **kwargs: Any) -> Any:
+    """Queries or keys, each `(batch, heads, registers + tokens, channels)`, of which `turn` turns the tokens alone."""
+    turned = turn(*(value[..., registers:, :] for value in values), **kwargs)
+    several = isinstance(turned, (tuple, list))
+    whole = [
+        torch.cat([value[..., :registers, :], part], dim=-2)
+        for value, part in zip(values, turned if several else [turned], strict=True)
+    ]
+    return tuple(whole) if several else whole[0]
+
+
 def positions(given: Tensor | None, registers: int, tokens: Tensor) -> Tensor:
     """Positions `(batch, registers + tokens)` of the tokens, by default their order; registers stand at 0.
 

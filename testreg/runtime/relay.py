@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from . import redirect
 from .errors import RegistersStretched
-from .families import Tower
 from .plan import RegisterPlan
+from .towers import Tower
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Record:
     attentions: dict[int, Tensor] = field(default_factory=dict)
 
 
-class Here(threading.local):
+@dataclass
+class Here:
     """Where a thread's pass is.
 
     Attributes:
@@ -40,9 +42,9 @@ class Here(threading.local):
         passed: whether a block ran in this pass.
         acted: which of ATTENTION and NEURONS did so in it.
         real: which tokens are not padding, from the attention to the MLP.
-        bias: the position bias made last, which is a part of the mask that attention gets.
-        waiting: the block that was left last, how many registers it had, and its `[registers | tokens]`, or a weak
-            reference to that.
+        shared: the position bias of all blocks.
+        bias: all position biases that are in the mask which attention gets.
+        waiting: the block that was left last, its registers without their graph, and how to get them with it.
     """
 
     block: int | None = None
@@ -50,8 +52,9 @@ class Here(threading.local):
     passed: bool = False
     acted: int = 0
     real: Tensor | None = None
+    shared: Tensor | None = None
     bias: Tensor | None = None
-    waiting: tuple[int, Any, Any] | None = None
+    waiting: tuple[int, Tensor, Callable[[], Tensor | None]] | None = None
 
 
 class Relay:
@@ -61,20 +64,28 @@ class Relay:
         tower: whose modules they are.
         plan: the registers.
         record: to fill, while somebody wants one.
-        measuring: attentions show what they make of the registers.
     """
 
     def __init__(self, tower: Tower, plan: RegisterPlan):
         self.tower, self.plan = tower, plan
         self.record: Record | None = None
-        self.here = Here()
         self.told = False
-        self.measuring = False
+        self._local = threading.local()
+        self._local.here = Here()  # there before the first pass, which may be a compiled one
+
+    @property
+    def here(self) -> Here:
+        """Where this thread's pass is."""
+        # An attribute of a thread-local, not a class of such: dynamo forgets what is written into the latter.
+        here: Here | None = getattr(self._local, "here", None)
+        if here is None:
+            here = self._local.here = Here()
+        return here
 
     def count(self, tokens: Any) -> Any:
         """How many registers go with so many tokens, prefix tokens among them."""
         plan = self.plan
-        if plan.law is None:
+        if plan.law is None or self.tower.row.packed:  # packed, they are shared by images of any number of patches
             return plan.registers
         patches = tokens - self.tower.prefix
         if type(patches) is int and not self.told and not plan.law.reaches(patches):
@@ -88,12 +99,28 @@ class Relay:
             )
         return plan.law(patches)
 
+    def registers_in(self, index: int, length: Any) -> Any:
+        """How many of `length` registers and tokens in a block are registers; None where it is open.
+
+        The block's mark says it. Where a backward pass computes the inside of a block again, without its forward, the
+        length does: it only grows with the number of patches.
+        """
+        if self.here.block == index:
+            return self.here.registers
+        if torch._C._current_graph_task_id() < 0:
+            return None
+        prefix = self.tower.prefix
+        registers: int = max(self.plan.registers_for(1), self.plan.registers_for(length))
+        while registers and registers > self.plan.registers_for(max(1, length - registers - prefix)):
+            registers -= 1
+        return registers
+
     def __getstate__(self) -> dict[str, Any]:  # no pass goes on in a copy
-        return {**self.__dict__, "here": None, "record": None}
+        return {**self.__dict__, "_local": None, "record": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.here = Here()
+        self._local = threading.local()
 
 
 class Start:
@@ -117,10 +144,7 @@ class Start:
     def like(self, tokens: Tensor, count: Any) -> Tensor:
         """Registers `(1, count, channels)` in the device and dtype of `tokens`."""
         state = self.state.like(tokens)  # (registers or 1, channels)
-        if self.alike:
-            rows = state.expand(count, -1)
-        else:
-            rows = state if self.whole else redirect.dealt(state, count)
+        rows = state.expand(count, -1) if self.alike else state if self.whole else redirect.dealt(state, count)
         rows = rows[None]  # (1, count, channels)
         return rows if self.seed is None else self.seed.forward(rows)  # as no module: nobody's hooks should count it
 

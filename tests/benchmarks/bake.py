@@ -23,7 +23,7 @@ from testreg.export.bake import algebra, bake, fit
 from testreg.export.bake.drift import measure
 from testreg.finding.observe import observe, run
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 from . import method
 
@@ -93,13 +93,13 @@ def planted() -> None:
     import torchvision_stub
 
     torchvision_stub.install()
-    import test_bake
-    import test_bake_timm
+    import bakeable
+    import bakeable_timm
 
     print("| planted | largest patch norm / median, unpatched | baked | patch cosine with the run-time patch |")
     print("|---|---|---|---|")
-    cases = [(name, test_bake.planted, test_bake.photos()) for name in test_bake.MODELS]
-    cases += [(f"timm {name}", test_bake_timm.planted, test_bake_timm.photos(64)[0]) for name in test_bake_timm.MODELS]
+    cases = [(name, bakeable.planted, bakeable.photos(64)) for name in bakeable.MODELS]
+    cases += [(f"timm {name}", bakeable_timm.planted, bakeable_timm.photos(64)[0]) for name in bakeable_timm.MODELS]
     for name, make, images in cases:
         model, plan = make(name.removeprefix("timm "))
         drift = bake(model, plan, images, force=True).drift

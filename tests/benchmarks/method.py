@@ -25,14 +25,14 @@ import testreg
 from testreg import RegisterPlan
 from testreg.demo.planted import plant
 from testreg.finding.choose import Search, Wanted
-from testreg.finding.count import quiet
 from testreg.finding.detect import valley
 from testreg.finding.observe import run
 from testreg.finding.scan import scan
 from testreg.finding.search import located, split
+from testreg.finding.still import quiet
 from testreg.finding.trial import Bench
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 ASSETS = Path(os.environ.get("TESTREG_ASSETS") or Path(__file__).parents[3] / "shared")
 PHOTOS = ASSETS / "images" / "coco_cc"
@@ -76,16 +76,15 @@ def plans(search: Search, automatic: RegisterPlan, paper: RegisterPlan) -> Itera
             yield f"{count} registers", search.plan(neurons, count, entry)
     for count in (6, 7, 8):
         if count != entry:
-            yield f"joining before block {count}", search.plan(neurons, registers, count)
+            yield f"from block {count} on", search.plan(neurons, registers, count)
     yield "neurons at 0, not at their ordinary mean", search.plan(neurons, registers, entry, zero=True)
     yield "  the same with 6 neurons", search.plan(6, registers, entry, zero=True)
-    yield "joining before block 8, neurons at 0", search.plan(neurons, registers, 8, zero=True)
+    yield "from block 8 on, neurons at 0", search.plan(neurons, registers, 8, zero=True)
     yield "a state for each of 2 kinds", search.plan(neurons, registers, entry, states=2)
-    assert automatic.state is not None
-    for times in (0.5, 2.0):
-        yield f"state times {times}", replace(automatic, state=automatic.state * times)
-    yield "dynamic, from the embeddings", search.plan(neurons, registers, 0, "dynamic")
-    yield f"dynamic, before block {entry}", search.plan(neurons, registers, entry, "dynamic")
+    yield "constant tokens", search.plan(neurons, registers, entry, "constant")
+    yield "  the same joining before block 8", search.plan(neurons, registers, 8, "constant")
+    yield "dynamic tokens, from the embeddings", search.plan(neurons, registers, 0, "dynamic")
+    yield f"dynamic tokens, before block {entry}", search.plan(neurons, registers, entry, "dynamic")
     yield "neurons at 0, no register", replace(automatic, state=None, registers=0, entry=0, rest=None)
     yield "neurons at their mean, no register", replace(automatic, state=None, registers=0, entry=0)
 

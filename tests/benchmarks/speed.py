@@ -39,12 +39,12 @@ from transformers.utils import logging
 
 import testreg
 from testreg.demo.planted import plant
-from testreg.finding.count import quiet
 from testreg.finding.observe import run
 from testreg.finding.scan import patch_norms, scan
+from testreg.finding.still import quiet
 from testreg.images.streaming import stream
 from testreg.runtime import redirect
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SHAPES = {"Ti": (192, 12, 3), "B": (768, 12, 12), "L": (1024, 24, 16)}  # channels, blocks, heads
@@ -167,15 +167,19 @@ def _measured(pipe: Any, work: Callable[..., Any], args: Any) -> None:
 # Forward passes
 
 
+def setting_of(shape: str, pixels: int, batch: int, *more: str) -> str:
+    return ", ".join((f"ViT-{shape}", f"{batch} × {pixels} px", *more))
+
+
 def forwards(shapes: list[tuple[str, int, int, str]], seconds: float, device: str = "cpu", mode: str = "") -> list[str]:
     """Patched against unpatched and against native registers."""
-    head = ("shape", "pixels", "batch", "dtype", "registers", "arm", "over unpatched", "CPU", "over native", "CPU")
+    head = ("forward pass", "registers", "arm", "over unpatched", "CPU", "over native", "CPU")
     print(f"\n{device} {mode or 'eager'}", flush=True)
 
     def rows() -> Iterator[Row]:
         for shape, pixels, batch, dtype in shapes:
             for registers in (1, 4) if batch == 1 and not mode else (1,):
-                about = (f"ViT-{shape}", str(pixels), str(batch), dtype, str(registers))
+                about = (setting_of(shape, pixels, batch, dtype), str(registers))
                 taken = _forward(shape, pixels, batch, dtype, registers, seconds, device, mode)
                 for arm in ("dynamic", "constant", "native", "unpatched again"):
                     yield (*about, arm, *over(taken, arm, "unpatched"), *over(taken, arm, "native"))
@@ -227,17 +231,11 @@ def faults(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
         for shape, pixels, batch in settings:
             taken, counts = apart(_faults, shape, pixels, batch, seconds, allocator={})[0]
             for arm in ("unpatched", "unpatched again", "native", "dynamic", "constant"):
-                yield (
-                    f"ViT-{shape}",
-                    str(pixels),
-                    str(batch),
-                    arm,
-                    f"{counts[arm]:.0f}",
-                    *over(taken, arm, "unpatched"),
-                )
+                about = (setting_of(shape, pixels, batch), arm, f"{counts[arm]:.0f}")
+                yield (*about, *over(taken, arm, "unpatched"))
 
     print("\nfaults", flush=True)
-    return table(("shape", "pixels", "batch", "arm", "page faults in a pass", "over unpatched", "CPU"), rows())
+    return table(("forward pass", "arm", "page faults in a pass", "over unpatched", "CPU"), rows())
 
 
 def _faults(shape: str, pixels: int, batch: int, seconds: float) -> Any:
@@ -250,54 +248,52 @@ def pieces(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
     """Where the time of a patch goes: everything that it does in one forward pass, over that pass without it."""
 
     def rows() -> Iterator[Row]:
-        for shape, pixels, batch in settings:
-            model = vit(shape, pixels)
-            tower = find_tower(model)
-            images = torch.randn(batch, 3, pixels, pixels)
-            tokens = torch.randn(batch, tower.prefix + (pixels // PATCH) ** 2, tower.channels)
-            joined = redirect.join(tokens[:1, :1], tokens)
-            moving = (torch.randn(*joined.shape[:2], tower.neurons[0]), torch.tensor([3, 4]), 1, torch.zeros(2))
-
-            def wrappers(model: torch.nn.Module = model, tokens: Tensor = tokens) -> Arm:
-                """All blocks and attentions, their own work left out."""
-                idle = again(model)
-                inner = find_tower(idle)
-                for module in (*inner.blocks, *inner.attentions):
-                    module.forward = lambda hidden_states, *args, **kwargs: hidden_states
-                testreg.patch(idle, testreg.RegisterPlan({}, 1))
-
-                def called() -> None:
-                    hidden = tokens
-                    for block, attention in zip(inner.blocks, inner.attentions, strict=True):
-                        attention(hidden)
-                        hidden = block(hidden)
-
-                return called
-
-            done = {
-                "registers join, tokens leave": lambda tokens=tokens, joined=joined: (
-                    redirect.join(tokens[:1, :1], tokens),
-                    joined[:, 1:].contiguous(),
-                ),
-                "the wrappers of blocks and attentions": wrappers(),
-                "neurons moved in 2 blocks, dynamic": lambda moving=moving: [
-                    redirect.move(*moving, fill=True) for _ in range(2)
-                ],
-                "neurons moved in 2 blocks, constant": lambda moving=moving: [
-                    redirect.move(*moving, fill=False) for _ in range(2)
-                ],
-            }
-            arms = {name: torch.inference_mode()(work) for name, work in done.items()}
-            arms["pass"] = torch.inference_mode()(lambda model=model, images=images: model(images))
-            taken = paired(arms, seconds)
-            for name in done:
-                share = statistics.median(
-                    ours[0] / theirs[0] for ours, theirs in zip(taken[name], taken["pass"], strict=True)
-                )
-                yield f"ViT-{shape}", str(pixels), str(batch), name, f"{share:.2%}"
+        for setting in settings:
+            for name, share in _pieces(*setting, seconds).items():
+                yield setting_of(*setting), name, f"{share:.2%}"
 
     print("\npieces", flush=True)
-    return table(("shape", "pixels", "batch", "piece", "share of the unpatched pass"), rows())
+    return table(("forward pass", "piece", "share of the unpatched pass"), rows())
+
+
+def _pieces(shape: str, pixels: int, batch: int, seconds: float) -> dict[str, float]:
+    """What a patch does in one forward pass, piece by piece, each as a share of the unpatched pass."""
+    model = vit(shape, pixels)
+    tower = find_tower(model)
+    images = torch.randn(batch, 3, pixels, pixels)
+    tokens = torch.randn(batch, tower.prefix + (pixels // PATCH) ** 2, tower.channels)
+    joined = redirect.join(tokens[:1, :1], tokens)
+    moving = (torch.randn(*joined.shape[:2], tower.neurons[0]), torch.tensor([3, 4]), 1, torch.zeros(2))
+    done: dict[str, Arm] = {
+        "registers join, tokens leave": lambda: (redirect.join(tokens[:1, :1], tokens), joined[:, 1:].contiguous()),
+        "the wrappers of blocks and attentions": _wrappers(model, tokens),
+        "neurons moved in 2 blocks, dynamic": lambda: [redirect.move(*moving, fill=True) for _ in range(2)],
+        "neurons moved in 2 blocks, constant": lambda: [redirect.move(*moving, fill=False) for _ in range(2)],
+    }
+    whole: dict[str, Arm] = {"pass": lambda: model(images)}
+    with torch.inference_mode():
+        taken = paired(done | whole, seconds)
+    return {
+        name: statistics.median(ours[0] / theirs[0] for ours, theirs in zip(taken[name], taken["pass"], strict=True))
+        for name in done
+    }
+
+
+def _wrappers(model: torch.nn.Module, tokens: Tensor) -> Arm:
+    """All blocks of a patched model one after the other: each calls its attention, and their own work is left out."""
+    idle = again(model)
+    tower = find_tower(idle)
+    for block, attention in zip(tower.blocks, tower.attentions, strict=True):
+        attention.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        block.forward = lambda hidden_states, attention=attention: attention(hidden_states)
+    testreg.patch(idle, testreg.RegisterPlan({}, 1))
+
+    def called() -> None:
+        hidden = tokens
+        for block in tower.blocks:
+            hidden = block(hidden)
+
+    return called
 
 
 def breaks() -> list[str]:
@@ -332,10 +328,10 @@ def memories(settings: list[tuple[str, int, int]]) -> list[str]:
         for setting in settings:
             peaks = {arm: apart(memory, *setting, arm)[1] for arm in ("unpatched", "native", "dynamic", "constant")}
             ratios = (f"{peaks[arm] / peaks['unpatched']:.3f}" for arm in ("native", "dynamic", "constant"))
-            yield (f"ViT-{setting[0]}", str(setting[1]), str(setting[2]), *ratios)
+            yield (setting_of(*setting), *ratios)
 
     print("\npeak memory", flush=True)
-    return table(("shape", "pixels", "batch", "native", "dynamic", "constant"), rows())
+    return table(("forward pass", "native", "dynamic", "constant"), rows())
 
 
 # Finding
@@ -449,7 +445,7 @@ def checkpoints(shapes: list[str], seconds: float) -> list[str]:
                 model, unpatched = (Dinov2Model.from_pretrained(before).eval() for _ in range(2))
                 testreg.patch(model, plans(shape, 4)["constant"])
                 arms: dict[str, Arm] = {
-                    "save": lambda model=model, after=after: testreg.save(model, after, force=True),
+                    "save": lambda model=model, after=after: testreg.save(model, after, replace=True),
                     "plain save": lambda unpatched=unpatched, before=before: unpatched.save_pretrained(before),
                     "load": lambda after=after: testreg.load(after),
                     "plain load": lambda before=before: Dinov2Model.from_pretrained(before),

@@ -1,17 +1,13 @@
 """Checkpoints that timm wrote, through transformers' TimmWrapper: found, patched, saved, exported, loaded again."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from bakeable_timm import photos, planted
+from commands import SHAPE, noise, run
 from safetensors.torch import save_file
-from test_bake_timm import photos, planted
-from test_cli import SHAPE, noise, run
 
 import testreg
 from testreg import RegisterPlan, UnsupportedModel
@@ -19,7 +15,7 @@ from testreg.checkpoints.original import load_base
 from testreg.demo.planted import plant
 from testreg.export.bake import export_stock
 from testreg.export.bake.stock import to_timm
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 timm = pytest.importorskip("timm")
 
@@ -34,11 +30,22 @@ def written(model, folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=["vit", "eva", "vit-pre-norm"])
-def specimen(request, tmp_path_factory):
-    """A checkpoint of timm, and the plan that is right for it; the last has no head."""
-    model, plan = planted(request.param)
-    return written(model, tmp_path_factory.mktemp("timm") / "source"), model, plan
+SOURCES = ("vit", "eva", "vit-pre-norm")  # the last has no head
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    """Checkpoints of timm, each with the plan that is right for it."""
+    folder, found = tmp_path_factory.mktemp("timm"), {}
+    for name in SOURCES:
+        model, plan = planted(name)
+        found[name] = written(model, folder / name / "source"), model, plan
+    return found
+
+
+@pytest.fixture(params=SOURCES)
+def specimen(request, every):
+    return every[request.param]
 
 
 def pixels(count=4):
@@ -63,19 +70,8 @@ def test_a_checkpoint_of_timm_is_loaded_with_its_head(specimen):
 
 CODE = """
 import sys
-sys.path.insert(0, {tests!r})
-import torchvision_stub
-torchvision_stub.install()
 sys.modules["testreg"] = None  # importing it fails
 import timm, torch, transformers as hf
-
-pixels, expected = torch.load("{folder}.pt")
-auto = hf.AutoModelForImageClassification if len(expected) == 1 else hf.AutoModel
-model = auto.from_pretrained("{folder}", trust_remote_code=True)
-with torch.no_grad():
-    values = [value for value in model(pixels, return_dict=False) if isinstance(value, torch.Tensor)]
-assert all(torch.equal(one, other) for one, other in zip(values, expected, strict=True))
-assert list(hf.AutoImageProcessor.from_pretrained("{folder}").data_config["mean"]) == [0.4, 0.5, 0.6]
 
 def refused(load):
     try:
@@ -85,39 +81,47 @@ def refused(load):
     else:
         raise SystemExit("loaded without its registers")
 
-refused(lambda: timm.create_model("local-dir:{folder}", pretrained=True))
-refused(lambda: type(model).from_pretrained("{folder}"))
-refused(lambda: auto.from_pretrained("{folder}", trust_remote_code=False))
-print("ok")
+for folder in sys.argv[1:]:
+    pixels, expected = torch.load(folder + ".pt")
+    auto = hf.AutoModelForImageClassification if len(expected) == 1 else hf.AutoModel
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        values = [value for value in model(pixels, return_dict=False) if isinstance(value, torch.Tensor)]
+    assert all(torch.equal(one, other) for one, other in zip(values, expected, strict=True)), folder
+    assert list(hf.AutoImageProcessor.from_pretrained(folder).data_config["mean"]) == [0.4, 0.5, 0.6], folder
+    refused(lambda: timm.create_model("local-dir:" + folder, pretrained=True))
+    refused(lambda: type(model).from_pretrained(folder))
+    refused(lambda: auto.from_pretrained(folder, trust_remote_code=False))
+    print("ok")
 """
 
 
-def test_a_saved_one_comes_back_bit_for_bit_and_never_without_its_registers(specimen, tmp_path):
-    folder, _, plan = specimen
-    model = load_base(folder)
-    plain = outputs(model)
-    testreg.patch(model, plan)
-    saved = testreg.save(model, tmp_path / "clean")
-    loaded = testreg.load(saved)
-    assert type(loaded) is type(model)
-    assert testreg.active(loaded).plan == plan
-    assert all(torch.equal(one, other) for one, other in zip(outputs(loaded), outputs(model), strict=True))
-    assert not torch.equal(outputs(loaded)[0], plain[0])
-    assert loaded.config.id2label == model.config.id2label
-    torch.save((pixels(), outputs(model)), f"{saved}.pt")
-    auto = hf.AutoModelForImageClassification if len(outputs(model)) == 1 else hf.AutoModel
-    assert all(torch.equal(*both) for both in zip(outputs(auto.from_pretrained(saved)), outputs(model), strict=True))
-    code = CODE.format(tests=str(Path(__file__).parents[1]), folder=saved)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.stdout == "ok\n", ended.stderr[-3000:]
+def test_saved_ones_come_back_bit_for_bit_and_never_without_their_registers(every, forked, tmp_path):
+    directories = []
+    for name, (folder, _, plan) in every.items():
+        model = load_base(folder)
+        plain = outputs(model)
+        testreg.patch(model, plan)
+        saved = testreg.save(model, tmp_path / name)
+        loaded, expected = testreg.load(saved), outputs(model)
+        assert type(loaded) is type(model), name
+        assert testreg.active(loaded).plan == plan, name
+        assert all(torch.equal(one, other) for one, other in zip(outputs(loaded), expected, strict=True)), name
+        assert not torch.equal(outputs(loaded)[0], plain[0]), name
+        assert loaded.config.id2label == model.config.id2label, name
+        torch.save((pixels(), expected), f"{saved}.pt")
+        auto = hf.AutoModelForImageClassification if len(expected) == 1 else hf.AutoModel
+        assert all(torch.equal(*both) for both in zip(outputs(auto.from_pretrained(saved)), expected, strict=True)), (
+            name
+        )
+        directories.append(saved)
+    _, said, errors = forked.run(tmp_path, CODE, *directories)
+    assert said == "ok\n" * len(SOURCES), errors[-3000:]
 
 
 def test_stock_weights_load_in_timm_and_in_transformers(specimen, tmp_path):
     folder, model, plan = specimen
-    export_stock(load_base(folder), photos(64)[0], tmp_path / "out", plan=plan)
+    export_stock(load_base(folder), photos(32)[0], tmp_path / "out", plan=plan)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert tuple(loaded.pretrained_cfg["mean"]) == tuple(MEAN)
     assert loaded.pretrained_cfg["crop_pct"] == 0.8

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from commands import PHOTOS, PROCESSOR, SHAPE, checkpoint, classifier, contents, noise, refused, run
+from forks import MODULE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -29,50 +32,6 @@ from testreg.cli import words as text
 from testreg.cli.group import main
 from testreg.demo.planted import plant
 
-SHAPE = {
-    "hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96,
-    "image_size": 96, "patch_size": 8,
-}  # fmt: skip
-PROCESSOR = {"size": {"height": 96, "width": 96}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-PHOTOS = 12
-
-
-def run(*arguments, code=0):
-    """The command's result, which ended with `code`, and without a traceback."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
-
-
-def refused(*arguments, says, code=1):
-    """One line on stderr that says all of `says`; nothing on stdout."""
-    result = run(*arguments, code=code)
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("testreg: ")
-    for part in [says] if isinstance(says, str) else says:
-        assert part in lines[0]
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def noise(seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 96, 3), dtype=np.uint8))
-
-
-def checkpoint(folder, model):
-    model.save_pretrained(folder)
-    transformers.ViTImageProcessor(**PROCESSOR).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(autouse=True)
 def _no_bars():
@@ -80,12 +39,6 @@ def _no_bars():
     transformers.utils.logging.disable_progress_bar()
     yield
     transformers.utils.logging.enable_progress_bar()
-
-
-def classifier():
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(**SHAPE, num_labels=5)
-    return transformers.ViTForImageClassification(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +88,7 @@ def test_patch_tells_what_a_person_wants_to_know(model, clean, photos):
     for part in ("Artefact", "Neurons", "Registers", "unpatched", "patched", "Held out", "-> 0.00%", "same top-1",
                  "cosine of the output", f'model = testreg.load("{folder}")'):  # fmt: skip
         assert part in said
-    table = [line for line in said.splitlines() if line.strip()[:1].isdigit()]
+    table = [line for line in said.splitlines() if re.match(r" *\d+  ", line)]  # a line per block
     assert len(table) == SHAPE["num_hidden_layers"]
     assert len({len(line) for line in table}) == 1  # aligned
     assert all(line == line.rstrip() for line in said.splitlines())
@@ -452,20 +405,22 @@ def test_a_folder_for_reading_only_is_refused_before_the_work(model, photos, tmp
 def test_nothing_that_exists_is_harmed(model, photos, clean, tmp_path):
     before = contents(model)
     refused("patch", model, "--images", photos, "--out", model, says="was loaded from")
-    refused("patch", model, "--images", photos, "--out", model, "--force", says="was loaded from")
+    refused("patch", model, "--images", photos, "--out", model, "--replace", says="was loaded from")
     assert contents(model) == before
     other = shutil.copytree(clean[0], tmp_path / "other")
-    refused("patch", model, "--images", photos, "--out", other, says=("not empty", "--force"))
+    refused("patch", model, "--images", photos, "--out", other, says=("not empty", "--replace"))
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("precious")
-    refused("patch", model, "--images", photos, "--out", tmp_path / "work", "--force", says="thesis.txt")
+    refused("patch", model, "--images", photos, "--out", tmp_path / "work", "--replace", says="thesis.txt")
     assert contents(other) == contents(clean[0])
 
 
-def test_force_replaces_a_checkpoint(model, photos, found, clean, tmp_path):
+@pytest.mark.parametrize("flag", ["--replace", "--force"])
+def test_a_checkpoint_is_replaced_where_that_is_said(model, photos, found, clean, tmp_path, flag):
     other = shutil.copytree(clean[0], tmp_path / "other")
     (other / "README.md").write_text("old")
-    run("patch", model, "--images", photos, "--plan", found[0], "--out", other, "--force")
+    done = run("patch", model, "--images", photos, "--plan", found[0], "--out", other, flag)
+    assert ("for that alone is --replace" in done.stderr) == (flag == "--force")
     assert "test-time-registers" in (other / "README.md").read_text()
 
 
@@ -575,33 +530,36 @@ def test_sentences_fit_the_terminal(monkeypatch):
     assert console.wrapped(long, io.StringIO()) == long
 
 
+# A fork has imported transformers already, which reads its settings only then: see `_no_bars`.
+TESTREG = "import transformers\ntransformers.utils.logging.disable_progress_bar()\n" + MODULE.format(name="testreg")
+
+
 def start(*arguments, **more):
     command = [sys.executable, "-m", "testreg", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-def test_ctrl_c_ends_at_once_and_leaves_nothing(model, photos, tmp_path):
+def test_ctrl_c_ends_at_once_and_leaves_nothing(model, photos, forked, tmp_path):
     many = tmp_path / "many"
     many.mkdir()
     for index in range(3000):
         os.link(photos / f"{index % PHOTOS:02d}.png", many / f"{index}.png")
-    # In the background, shells have processes ignore the signal.
-    child = start("patch", model, "--images", many, "--out", tmp_path / "out",
-                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
-    reading = f"/proc/{child.pid}/fd"
+    child = forked.start(many, TESTREG, "patch", model, "--images", many, "--out", tmp_path / "out")
+    reading = f"/proc/{child.process.pid}/fd"
     if not Path(reading).exists():
-        child.kill()
+        child.process.kill()
         pytest.skip("needs /proc")
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and child.poll() is None:
-        if any(str(many) in name for name in _links(reading)):
+    while time.monotonic() < deadline and child.process.is_alive():
+        if any(str(many) in name for name in _links(reading) if name.endswith(".png")):
             break
-    child.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    os.kill(child.process.pid, signal.SIGINT)
     began = time.monotonic()
-    out, err = child.communicate(timeout=30)
+    ended = child.wait(30)
     assert time.monotonic() - began < 10
-    assert (child.returncode, out, err) == (130, "", "testreg: interrupted.\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many"]
+    assert ended == (130, "", "testreg: interrupted.\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "many.err", "many.out"]
 
 
 def test_ctrl_c_while_torch_is_imported_ends_at_once(tmp_path):
@@ -638,11 +596,12 @@ def _links(folder):
             continue  # closed meanwhile
 
 
-def test_a_reader_that_goes_away_is_no_error_to_see(model, photos):
-    child = start("inspect", model, "--images", photos)
-    child.stdout.close()
-    assert child.stderr.read() == ""
-    child.wait()
+def test_a_reader_that_goes_away_is_no_error_to_see(model, photos, forked, tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    gone = "import os\nreader, writer = os.pipe()\nos.dup2(writer, 1)\nos.close(reader)\n"
+    _, _, err = forked.run(here, gone + TESTREG, "inspect", model, "--images", photos)
+    assert err == ""
 
 
 def test_nothing_but_the_answer_where_nobody_watches(model, photos):
@@ -716,7 +675,7 @@ def real(assets, count, folder):
 
 
 def test_the_main_job_on_a_real_checkpoint(assets, tmp_path):
-    arguments = ("--images", real(assets, 64, tmp_path / "photos"), "--out", tmp_path / "clean", "--json")
+    arguments = ("--images", real(assets, 32, tmp_path / "photos"), "--out", tmp_path / "clean", "--json")
     values = json.loads(run("patch", assets / "checkpoints/vit-tiny-augreg", *arguments).stdout)
     told = values["plan"]["provenance"]
     assert (told["candidates"][0]["block"], told["candidates"][0]["neuron"]) == (7, 417)

@@ -18,7 +18,24 @@ from testreg.demo.planted import plant
 
 PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
 DTYPES = {"float64", "float32", "float16", "bfloat16"}
-ASKED = ("--threshold", 60, "--blocks", "1-4", "--top-k", 2, "--registers", 2, "--form", "dynamic", "--entry", 1)
+ASKED = (
+    "--threshold",
+    60,
+    "--blocks",
+    "1-4",
+    "--top-k",
+    2,
+    "--registers",
+    2,
+    "--form",
+    "dynamic",
+    "--entry",
+    1,
+    "--size",
+    64,
+    "--size",
+    5,
+)
 
 
 def documented(title):
@@ -120,7 +137,7 @@ def test_inspect(before, patched):
 def test_patch_and_demo(here, plans, patched, before, monkeypatch, tmp_path):
     other = {"plan": plans[1], "after": before}
     same("patch", patched, other)
-    monkeypatch.setattr("testreg.demo.demonstration.write", lambda out, force: (here / "vit", here / "photos"))
+    monkeypatch.setattr("testreg.demo.demonstration.write", lambda out, replace: (here / "vit", here / "photos"))
     told = run("demo", "--out", tmp_path)
     assert (Path(told["picture"]).is_file(), Path(told["out"]).is_dir()) == (True, True)
     same("demo", told, other)

@@ -22,7 +22,14 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
+def planted():
+    """The demonstration's model and what was planted in it, made here."""
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    """A demonstration, which made its model itself."""
     folder = tmp_path_factory.mktemp("fresh") / "demo"
     return folder, run("--out", folder)
 
@@ -39,11 +46,10 @@ def test_it_says_what_it_is_and_what_comes_next(made):
     assert "testreg patch MODEL --images PHOTOS --out DIRECTORY" in result.stdout
 
 
-def test_the_planted_neurons_are_those_that_are_found(made):
+def test_the_planted_neurons_are_those_that_are_found(made, planted):
     folder, _ = made
-    _, planted = demo_model()
     found = testreg.active(testreg.load(folder / "patched")).plan.neurons
-    assert found == planted.neurons
+    assert found == planted[1].neurons
 
 
 def test_the_saved_model_has_no_outliers_and_the_planted_one_has(made):
@@ -67,21 +73,23 @@ def test_the_picture_is_one(made):
         assert len(set(picture.convert("RGB").resize((50, 50)).get_flattened_data())) > 100
 
 
-def test_again_with_force_only(made):
+@pytest.mark.parametrize("flag", ["--replace", "--force"])
+def test_again_where_that_is_said_only(made, planted, monkeypatch, flag):
     folder, _ = made
+    monkeypatch.setattr("testreg.demo.demonstration.demo_model", lambda: planted)
     again = run("--out", folder)
     assert again.exit_code == 1
-    assert re.fullmatch(r"testreg: .* is not empty: .*--out.*--force\.\n", again.stderr)
-    forced = run("--out", folder, "--force", "--json")
+    assert re.fullmatch(r"testreg: .* is not empty: .*--out.*--replace\.\n", again.stderr)
+    forced = run("--out", folder, flag, "--json")
     values = json.loads(forced.stdout)
     assert set(values) == {"model", "photos", "picture", "out", "plan", "after"}
     assert values["after"]["artefact"] is None
     assert values["plan"]["provenance"]["after"]["outlier_patches"] == 0
 
 
-def test_force_takes_no_other_folder(tmp_path):
+def test_replace_takes_no_other_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    result = run("--out", tmp_path, "--force")
+    result = run("--out", tmp_path, "--replace")
     assert result.exit_code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -94,7 +102,7 @@ def test_without_scikit_image_it_says_what_to_install(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_the_same_seed_gives_the_same_model_and_its_head_knows_the_photos():
-    (one, _), (two, _) = demo_model(), demo_model()
+def test_the_same_seed_gives_the_same_model_and_its_head_knows_the_photos(made, planted):
+    one, two = planted[0], ViTForImageClassification.from_pretrained(made[0] / "planted-vit")
     assert all(torch.equal(left, right) for left, right in zip(one.parameters(), two.parameters(), strict=True))
     assert list(one.config.id2label.values()) == list(PHOTOS)

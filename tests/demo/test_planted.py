@@ -13,7 +13,7 @@ import testreg
 from testreg import RegisterPlan
 from testreg.demo.demonstration import PHOTOS, demo_model, demo_photos
 from testreg.demo.planted import PLANTABLE, plant
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 NAMES = [name for family in PLANTABLE for name in zoo.MODELS[family]]
 FIRST = [next(iter(zoo.MODELS[family])) for family in PLANTABLE]

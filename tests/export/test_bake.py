@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision_stub
 import transformers as hf
+from bakeable import BLOCKS, CHANNELS, MODELS, WIDE, largest, photos, planted
 from torch.nn.functional import cosine_similarity, gelu, normalize, silu
 
 import testreg
@@ -20,49 +17,10 @@ from testreg.demo.planted import plant
 from testreg.export.bake import algebra, bake, baked, export_stock, fit
 from testreg.finding.observe import observe, run
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
-SIZE, CHANNELS, BLOCKS = 64, 64, 5
-VISION = {
-    "hidden_size": CHANNELS, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 8,
-}  # fmt: skip
-WIDE = VISION | {"intermediate_size": 128}
-DINO = VISION | {"mlp_ratio": 2}
-MODELS = {
-    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**WIDE, num_labels=7)),
-    "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**WIDE, num_labels=7)),
-    "clip": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**WIDE, projection_dim=16)),
-    "clip-classifier": lambda: hf.CLIPForImageClassification(hf.CLIPConfig(vision_config=WIDE, num_labels=7)),
-    "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**WIDE)),
-    "siglip-classifier": lambda: hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=WIDE, num_labels=7)),
-    "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO)),
-    "swiglu": lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO, use_swiglu_ffn=True)),
-    "dinov2-classifier": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**DINO, num_labels=7)),
-    "native": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=2)),
-}
 OF_TRANSFORMERS = ("dinov2", "swiglu", "dinov2-classifier", "native")
 OF_TIMM = tuple(name for name in MODELS if name != "dinov2-classifier")
-
-
-def photos(count=64, size=SIZE):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def planted(name, form="constant", registers=2, seed=0):
-    """A model with the artefact, and the plan that is right for it."""
-    torch.manual_seed(seed)
-    model = MODELS[name]().eval()
-    found = plant(
-        model, seed=seed, neurons=2, decoys=False
-    )  # one of which is rewritten, the other is only switched off
-    if form == "dynamic":
-        return model, RegisterPlan(found.neurons, registers)
-    with observe(model, states=[found.block]) as seen:
-        run(model, {"pixel_values": photos(16)})
-    patches = seen.states[found.block][:, find_tower(model).prefix :]
-    norms = patches.norm(dim=-1)
-    outliers = patches[norms > 5 * norms.median(1, keepdim=True).values]
-    return model, RegisterPlan(found.neurons, registers, entry=found.block + 1, state=outliers.mean(0))
 
 
 def answer(output):
@@ -70,12 +28,6 @@ def answer(output):
         if getattr(output, name, None) is not None:
             return getattr(output, name)
     return output.last_hidden_state[:, 0]
-
-
-def largest(states):
-    """Of patches `(images, patches, channels)`, the largest norm over its image's median."""
-    norms = states.norm(dim=-1)
-    return (norms / norms.median(1, keepdim=True).values).max()
 
 
 def pull_of(seed, away=0.0):
@@ -181,7 +133,7 @@ class TestBaked:
         assert all(largest(seen.states[block][:, tower.prefix :]) < 3 for block in written)
         same = cosine_similarity(seen.states[BLOCKS - 1], patched[BLOCKS - 1], dim=-1)[:, tower.prefix :].mean()
         assert same >= 0.999
-        assert done.drift.images == 32
+        assert done.drift.images == 16
         assert done.drift.patches == pytest.approx(float(same), abs=5e-4)
         assert done.drift.outlier < 3 < 10 < done.drift.outlier_unpatched
 
@@ -240,7 +192,7 @@ class TestBaked:
         assert list(loaded.pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["pretrained_cfg"]["interpolation"] == "bilinear"
-        assert config["testreg"]["drift"]["images"] == 32
+        assert config["testreg"]["drift"]["images"] == 16
 
     def test_two_kinds_of_register(self):
         model, plan = planted("vit")
@@ -359,7 +311,7 @@ class TestRefusals:
         model, plan = planted("vit")
         wrong = {block: -state for block, state in fit.trajectory(model, plan, []).items()}
         monkeypatch.setattr(baked, "trajectory", lambda *args: wrong)
-        with pytest.raises(Harmful, match=r"cosine with the run-time patch is below 0\.99.*on 32 other images"):
+        with pytest.raises(Harmful, match=r"cosine with the run-time patch is below 0\.99.*on 16 other images"):
             bake(model, plan, photos())
         assert bake(model, plan, photos(), force=True).drift.patches < 0.99
 
@@ -383,22 +335,19 @@ class TestRefusals:
 
 LOADING = """
 import sys
-sys.path.insert(0, {tests!r})
-import torchvision_stub
-torchvision_stub.install()
 sys.modules["testreg"] = None  # importing it fails
 import timm, torch
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+model = timm.create_model("local-dir:out", pretrained=True).eval()
 norms = []
 for block in model.blocks:
     block.register_forward_hook(lambda _, args, output: norms.append(output[:, model.num_prefix_tokens:].norm(dim=-1)))
 with torch.no_grad():
-    logits = model(torch.load("{folder}/pixels.pt"))
-torch.save((logits, torch.stack(norms)), "{folder}/result.pt")
+    logits = model(torch.load("out/pixels.pt"))
+torch.save((logits, torch.stack(norms)), "out/result.pt")
 """
 
 
-def test_the_real_one_in_a_process_without_testreg(assets, tmp_path):
+def test_the_real_one_in_a_process_without_testreg(assets, forked, tmp_path):
     """`vit-tiny-augreg` as timm's: on photos that nothing was fitted to, no outlier and the unpatched answers."""
     pytest.importorskip("timm")
     if not torchvision_stub.FOLDER.is_dir():
@@ -408,8 +357,8 @@ def test_the_real_one_in_a_process_without_testreg(assets, tmp_path):
     model = hf.AutoModelForImageClassification.from_pretrained(checkpoint).eval()
     processor = hf.AutoImageProcessor.from_pretrained(checkpoint)
     neurons = {6: (59, 189), 7: (417,)}  # method.md, section 2
-    calibration = [photos / "images" / name for name in splits["calib"]][:64]
-    pixels = read([photos / "images" / name for name in splits["disc_eval"][:60]], processor)
+    calibration = [photos / "images" / name for name in splits["calib"]][:40]
+    pixels = read([photos / "images" / name for name in splits["disc_eval"][:50]], processor)
     fired = {}
     tower = find_tower(model)
     hooks = [
@@ -426,8 +375,8 @@ def test_the_real_one_in_a_process_without_testreg(assets, tmp_path):
     export_stock(model, calibration, tmp_path / "out", plan=plan)
 
     torch.save(pixels, tmp_path / "out/pixels.pt")
-    code = LOADING.format(tests=str(Path(__file__).parents[1]), folder=tmp_path / "out")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    code, _, errors = forked.run(tmp_path, LOADING)
+    assert code == 0, errors[-3000:]
     logits, norms = torch.load(tmp_path / "out/result.pt")  # (images, classes), (blocks, images, patches)
     with torch.no_grad():
         expected = model(pixels).logits

@@ -9,7 +9,7 @@ import zoo
 
 import testreg
 from testreg.demo.planted import plant
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 SHAPE = {
     "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 96,

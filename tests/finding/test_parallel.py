@@ -9,16 +9,18 @@ import time
 
 import pytest
 import torch
+from forks import CONTEXT
 from PIL import Image
-from torch import distributed, multiprocessing
+from torch import distributed
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import testreg
 from testreg.demo.planted import plant
-from testreg.finding.count import count, quiet, total
+from testreg.finding.count import count, total
 from testreg.finding.parallel import Lost
+from testreg.finding.still import quiet
 from testreg.images.streaming import stream
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 IMAGES, BATCH = 40, 4
 HISTOGRAMS = ("norms", "ratios", "peaks", "highest")
@@ -137,12 +139,15 @@ def worker(rank, folder, what, results):
         results.put((rank, type(error).__name__, str(error)))
 
 
+@pytest.fixture(autouse=True)
+def _served(forked):
+    """Both processes are forks of the server."""
+
+
 def two(folder, what):
     """What both processes say, by their ranks, when both are done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "testreg.demo"])
-    results = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(rank, folder, what, results)) for rank in (0, 1)]
+    results = CONTEXT.SimpleQueue()
+    processes = [CONTEXT.Process(target=worker, args=(rank, folder, what, results)) for rank in (0, 1)]
     for process in processes:
         process.start()
     if what == "interrupted":

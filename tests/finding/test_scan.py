@@ -9,12 +9,12 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testreg.finding.count import quiet
 from testreg.finding.ondisk import OnDisk
 from testreg.finding.scan import SAMPLE, Histogram, Kept, Norms, Sample, look, scan
+from testreg.finding.still import quiet
 from testreg.images.streaming import Batch, stream
 from testreg.runtime.errors import TestregError
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 BLOCKS = 3
 HISTOGRAMS = ("norms", "ratios", "peaks", "highest")

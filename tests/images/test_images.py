@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchFeature, CLIPImageProcessor, Siglip2ImageProcessor, ViTImageProcessor
 
-from testreg.images.streaming import processor_for, stream
+from testreg.images.processors import processor_for
+from testreg.images.streaming import stream
 from testreg.runtime.errors import BadImages
 
 SIZE = 8

@@ -23,7 +23,7 @@ from testreg.images import labels
 from testreg.judging.arms import arms, random_neurons
 from testreg.judging.evaluation import Row, _line, evaluate
 from testreg.judging.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({1: (3, 5), 2: (7,)}, registers=2)
 PROCESSOR = ViTImageProcessorPil(size={"height": zoo.SIZE, "width": zoo.SIZE})
@@ -367,6 +367,7 @@ def test_outliers_are_counted_where_they_stand_out(model, data):
         ({"times": 2.5, "norm": 0.0}, "outliers", "2.5 times", "plan"),
         ({"times": 1.5, "norm": 14.0}, "discovery", "norm 14", "plan"),
         ({"times": 2.5, "norm": 0.0}, Outliers(threshold=Threshold(3)), "3.0 times", "task"),
+        ({"times": 2.5, "norm": 0.0}, Discovery(side=32, threshold=Threshold(3)), "3.0 times", "task"),
         ({"times": 1e9, "norm": 0.0}, "outliers", "4.0 times", "default"),
         ({"times": 2.5, "norm": "x"}, "outliers", "4.0 times", "default"),
         ("x", "outliers", "4.0 times", "default"),
@@ -419,7 +420,7 @@ def test_wrong_questions_are_refused(model, data, tmp_path):
         evaluate(model, data, "segment", processor=PROCESSOR)
     with pytest.raises(BadImages, match="limit"):
         evaluate(model, data, "outliers", processor=PROCESSOR, limit=0)
-    with pytest.raises(BadImages, match="AutoImageProcessor"):
+    with pytest.raises(BadImages, match="processor=NAME"):
         evaluate(model, data, "outliers")
     (tmp_path / "a.jpg").write_bytes(b"no photo")
     with pytest.raises(BadImages, match="broken"):

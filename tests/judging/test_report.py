@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 
 import testreg
 from testreg import BadImages, BadPlan, RegisterPlan
+from testreg.demo.planted import plant
 from testreg.finding.observe import run
 from testreg.judging import charts
 from testreg.judging.reporting import report, save
@@ -119,6 +120,26 @@ def test_without_registers_the_model_is_shown_as_it_is():
     assert len(Page(page).named("img")) == 6 * 4
     assert not Page(page).named("button")
     assert "Register neurons" not in page
+
+
+def test_an_outlier_is_what_it_was_when_the_plan_was_found():
+    model = zoo.build("ViTModel")[0]
+    plant(model, seed=3, neurons=1, upstream=0)
+    with torch.no_grad():
+        states = model(PIXELS, output_hidden_states=True).hidden_states[1:]
+    norms = torch.stack([state[:, 1:].norm(dim=-1) for state in states], dim=1)  # (photos, blocks, patches)
+    ratios = norms / norms.median(dim=-1, keepdim=True).values
+    block = int(ratios.amax(dim=-1).mean(dim=0).argmax())
+    outliers = norms[:, block][ratios[:, block] > 2]
+    norm = float(outliers.median())
+    found = replace(PLAN, provenance={"artefact": {"times": 2.0, "norm": norm}})
+    page = report(model, PIXELS, plan=found)
+    assert f"A patch is an outlier from norm {norm:g} on" in page
+    share = int((outliers > norm).sum()) / norms[:, block].numel()
+    assert 0 < share < len(outliers) / norms[:, block].numel()
+    assert f'outlier patches</small>\n    <b><span class="is-before">{share:.2%}</span>' in page
+    assert f"<td>{100 * share:.2f} %</td>" in page  # of the block, in the table
+    assert f"from norm {norm:g} on" not in report(model, PIXELS, plan=PLAN)
 
 
 def test_models_without_a_class_token_say_so():

@@ -34,6 +34,10 @@ def test_block_norms_are_numpys():
         assert row.share == pytest.approx((values > 3.5 * medians).mean())
         assert row.images == pytest.approx((values > 3.5 * medians).any(axis=1).mean())
     assert metrics.block_norms(norms, times=20)[1].images == pytest.approx(1 / 5)
+    both = [(values > 3.5 * np.quantile(values, 0.5, axis=1, method="lower", keepdims=True)) & (values > 9.0)
+            for values in (image.numpy() for image in norms)]  # fmt: skip
+    shares = [row.share for row in metrics.block_norms(norms, times=3.5, norm=9.0)]
+    assert shares == pytest.approx(np.stack(both).mean(axis=(0, 2)).tolist())
 
 
 def test_interpolation_gives_back_a_smooth_field():

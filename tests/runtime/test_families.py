@@ -6,6 +6,7 @@ import importlib
 import re
 from pathlib import Path
 
+import packed
 import pytest
 import torch
 import transformers as hf
@@ -15,12 +16,30 @@ from zoo import BLOCKS, CHANNELS, MODELS, ROWS, SMALL, TEXT, VISION, build
 import testreg
 from docs import support
 from testreg import FAMILIES, Family, RegisterPlan, UnsupportedModel, patch
-from testreg.runtime.families import REFUSED, find_tower
+from testreg.runtime.families import REFUSED
+from testreg.runtime.paths import each, reach
+from testreg.runtime.towers import find_tower
 
 
 def test_every_family_has_tiny_models_and_every_tiny_model_a_family():
-    assert set(MODELS) == set(FAMILIES)
+    assert set(MODELS) | set(packed.PACKED) == set(FAMILIES)
+    assert set(MODELS).isdisjoint(packed.PACKED)
     assert all(MODELS.values())
+    assert len(FAMILIES) >= 65
+
+
+def test_every_tower_of_transformers_that_packs_its_images_is_known_or_refused():
+    """Whatever has `cu_seqlens` and blocks that see."""
+    known = {name for row in FAMILIES.values() for name in each(row.towers)} | set(REFUSED)
+    folder, looked_at = Path(hf.__file__).parent / "models", 0
+    for file in folder.glob("*/modeling_*.py"):
+        text = file.read_text()
+        blocks = re.search(r"^class \w*(Vision|ViT)\w*(Block|Layer)\(", text, re.MULTILINE)
+        if "cu_seqlens" in text and (blocks or file.parent.name == "pixtral"):
+            looked_at += 1
+            classes = set(re.findall(r"^class (\w+)\(", text, re.MULTILINE))
+            assert known & classes, f"{file.parent.name} has a tower that no row knows and nothing refuses"
+    assert looked_at >= 25
 
 
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family, rows in MODELS.items() for name in rows])
@@ -33,8 +52,12 @@ def test_the_tower_is_what_the_row_says(family, name):
     assert len(tower.downs) == len(tower.attentions) == len(tower.neurons) == blocks >= BLOCKS
     widths: dict[int, tuple] = {}
     for index, (block, down) in enumerate(zip(tower.blocks, tower.downs, strict=True)):
-        down.register_forward_pre_hook(lambda _, args, index=index: widths.update({index: args[0].shape}))
-        block.register_forward_hook(lambda _, args, output, index=index: widths.update({-1 - index: _tokens(output)}))
+        down.register_forward_pre_hook(
+            lambda _, args, index=index: widths.update({index: tower.batched(args[0]).shape})
+        )
+        block.register_forward_hook(
+            lambda _, args, output, index=index: widths.update({-1 - index: tuple(tower.batched(output).shape)})
+        )
     with torch.no_grad():
         model(**inputs)
     for index in range(blocks):
@@ -44,8 +67,27 @@ def test_the_tower_is_what_the_row_says(family, name):
         assert tokens - tower.prefix in (4, 16, 32)  # a quarter of an image, an image, a video
 
 
-def _tokens(output) -> tuple:
-    return tuple((output[0] if isinstance(output, tuple) else output).shape)
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, rows in packed.PACKED.items() for name in rows]
+)
+def test_the_packed_tower_is_what_the_row_says(family, name):
+    model = packed.build(name)
+    tower, grid = find_tower(model), (1, 4, 8)
+    assert (tower.family, len(tower.blocks)) == (family, BLOCKS)
+    shapes: list[tuple] = []
+    for part in (*tower.blocks, *tower.downs):
+        part.register_forward_hook(
+            lambda module, args, output: shapes.append(
+                (type(module), tower.batched(args[0]).shape, tower.batched(output).shape)
+            )
+        )
+    with torch.no_grad():
+        model(**packed.inputs(name, [grid]))
+    assert len(shapes) == 2 * BLOCKS
+    for kind, given, made in shapes:
+        tokens, channels = tower.prefix + 32, tower.channels
+        assert given == (1, tokens, tower.neurons[0] if kind is nn.Linear else channels)
+        assert made == (1, tokens, channels)
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in ROWS.items() if tiny.text])
@@ -145,7 +187,6 @@ def test_a_network_without_blocks_is_refused():
         find_tower(hf.MobileNetV2Model(hf.MobileNetV2Config(depth_multiplier=0.25)))
 
 
-QWEN = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8}
 STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "window_size": 2}
 
 
@@ -165,11 +206,15 @@ STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 3
             lambda: hf.SamVisionModel(hf.SamVisionConfig(**VISION, global_attn_indexes=[1], output_channels=8)),
             "a SamVisionEncoder.* cannot have registers: it attends inside windows",
         ),
-        (lambda: _qwen("Qwen2VisionTransformerPretrainedModel"), "it packs the patches of all images"),
-        (lambda: hf.PixtralVisionModel(hf.PixtralVisionConfig(**VISION)), "it packs the patches of all images"),
         (lambda: _timm("swin_transformer").SwinTransformer(depths=(1, 1), embed_dim=8, num_heads=(2, 2)), "windows"),
         (lambda: _timm("convnext").ConvNeXt(depths=(1,) * 4, dims=(8,) * 4), "convolutional network"),
         (lambda: _timm("beit").Beit(**SMALL), "position table of fixed size"),
+        (lambda: _hidden("minicpmv4_6", "MiniCPMV4_6", insert_layer_id=1), "merges its patches between two blocks"),
+        (lambda: _hidden("lfm3_vl", "Lfm3Vl", layer_types=["conv", "full_attention"]), "are convolutions"),
+        (
+            lambda: _hidden("dots3_note", "Dots3Note", adapter_in_dim=CHANNELS, mlp_layer_types=["dense", "sparse"]),
+            "choose among experts",
+        ),
         (lambda: _timm("vision_transformer").VisionTransformer(**SMALL, block_fn=_parallel()), "has no mlp.fc2"),
     ],
 )  # fmt: skip
@@ -178,9 +223,10 @@ def test_what_cannot_be_done_is_refused_by_name_with_the_reason(make, says):
         find_tower(make())
 
 
-def _qwen(name: str) -> nn.Module:
-    module = importlib.import_module("transformers.models.qwen2_vl.modeling_qwen2_vl")
-    return getattr(module, name)(module.Qwen2VLVisionConfig(**QWEN))
+def _hidden(package: str, name: str, **settings) -> nn.Module:
+    code = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    sizes = {**VISION, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    return getattr(code, f"{name}VisionModel")(getattr(code, f"{name}VisionConfig")(**sizes | settings))
 
 
 def _timm(module: str):
@@ -193,7 +239,7 @@ def _parallel() -> type:
 
 
 def test_a_name_is_refused_or_known_but_not_both():
-    known = {name for family in FAMILIES.values() for name in testreg.runtime.families.each(family.towers)}
+    known = {name for family in FAMILIES.values() for name in each(family.towers)}
     assert known.isdisjoint(REFUSED)
 
 
@@ -225,8 +271,8 @@ def test_a_tower_built_in_another_way_than_its_family_is_refused():
 def test_a_row_may_name_one_path_or_several():
     assert Family("A", "layers", "mlp.fc2").towers == "A"
     model, _ = build("ViTModel")
-    assert testreg.runtime.families.reach(model, ("nothing.here", "layers")) is model.layers
-    assert testreg.runtime.families.reach(model, "nothing.here") is None
+    assert reach(model, ("nothing.here", "layers")) is model.layers
+    assert reach(model, "nothing.here") is None
 
 
 # What the documentation says
@@ -239,7 +285,7 @@ def test_the_support_table_is_the_registrys(page):
         assert support.BEGIN in text
     if support.BEGIN in text:
         shown = text[text.index(support.BEGIN) : text.index(support.END) + len(support.END)]
-        assert shown == support.table(), "run `python -m docs.support` and paste"
+        assert shown == support.table(), "run `python -m docs.support`"
 
 
 def test_the_worked_example_of_the_documentation_works(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import transformers as hf
@@ -10,7 +12,7 @@ from torch.nn import functional
 from zoo import CHANNELS, DINO, ROWS, SMALL, VISION, attention, build, images, padded, part_masked, scale, tensors
 
 from testreg import RegisterPlan, patch
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import Tower, find_tower
 
 
 def run(model: nn.Module, inputs: dict | Tensor, **more) -> dict[str, Tensor]:
@@ -18,8 +20,8 @@ def run(model: nn.Module, inputs: dict | Tensor, **more) -> dict[str, Tensor]:
         return tensors(model(**inputs, **more) if isinstance(inputs, dict) else model(inputs, **more))
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+def close(found: Tensor, wanted: Tensor, at: str = "") -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=lambda message: f"{at}: {message}")
 
 
 def values(registers: int, kind: str) -> Tensor:
@@ -107,28 +109,31 @@ def test_timm_equals_timm_with_native_registers(registers, kind, kind_of_model, 
 # Registers that nobody attends to change nothing: then every mask, position, pooling and head is where it was.
 
 
-@pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", list(ROWS))
-def test_registers_that_nobody_attends_to_change_nothing(name, kind, monkeypatch):
+def test_registers_that_nobody_attends_to_change_nothing(name, monkeypatch):
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)  # it calls no function of Python's
-    for inputs in (build(name)[1], *(other(2) for other in ROWS[name].other)):
-        model = attention(build(name)[0], kind)
-        tower, registers = find_tower(model), 3
-        wanted = run(model, inputs)
+    model, inputs = build(name)
+    tower, registers = find_tower(model), 3
+    sizes = (inputs, *(other(2) for other in ROWS[name].other))
+    for kind, (index, given) in product(("sdpa", "eager"), enumerate(sizes)):
+        at = f"{kind}, inputs {index}"
+        attention(model, kind)
+        wanted = run(model, given)
         lengths: list[int] = []
         with patch(model, plan(registers, "zeros")), monkeypatch.context() as hiding:
-            tower.blocks[0].register_forward_hook(_note(lengths))
-            run(model, inputs)
+            handle = tower.blocks[0].register_forward_hook(_note(tower, lengths))
+            run(model, given)
+            handle.remove()
             calls = _hide(hiding, lengths[0] + registers, registers)
-            found = run(model, inputs)
-        assert len(calls) == len(tower.blocks)
-        assert found.keys() == wanted.keys()
+            found = run(model, given)
+        assert len(calls) == len(tower.blocks), at
+        assert found.keys() == wanted.keys(), at
         for path in wanted:
-            close(found[path], wanted[path])
+            close(found[path], wanted[path], f"{at}, {path}")
 
 
-def _note(lengths: list[int]):
-    return lambda module, args, output: lengths.append((output[0] if isinstance(output, tuple) else output).shape[1])
+def _note(tower: Tower, lengths: list[int]):
+    return lambda module, args, output: lengths.append(tower.batched(output).shape[1])
 
 
 def _hide(hiding: pytest.MonkeyPatch, length: int, registers: int) -> list[str]:

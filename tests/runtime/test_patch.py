@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from zoo import FIRST, ROWS, attention, build, pixels, tensors
+from zoo import FIRST, ROWS, attention, build, given, pixels, tensors
 
 from testreg import BadPlan, RegisterPlan, TestregError, active, patch
 from testreg.runtime import redirect
-from testreg.runtime.families import find_tower
+from testreg.runtime.law import Law
+from testreg.runtime.towers import find_tower
 
 EVERY = pytest.mark.parametrize("name", list(ROWS))
 ONE_PER_FAMILY = pytest.mark.parametrize("name", FIRST)
@@ -32,9 +34,23 @@ def constant(model: nn.Module, entry: int = 1, registers: int = 3) -> RegisterPl
     return RegisterPlan(NEURONS, registers=registers, entry=entry, state=state)
 
 
-def both(model: nn.Module) -> tuple[RegisterPlan, RegisterPlan]:
-    """The dynamic form from the embeddings on, and the constant form from block 1 on."""
-    return DYNAMIC, constant(model)
+def attention_form(model: nn.Module, entry: int = 1, registers: int = 3, law: Law | None = None) -> RegisterPlan:
+    """Rows of two kinds, in every block from the entry on."""
+    tower = find_tower(model)
+    shape = len(tower.blocks) - entry, registers, tower.channels
+    state = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    return RegisterPlan(NEURONS, registers=registers, entry=entry, state=state, law=law)
+
+
+# Three registers for the 16 patches that most tiny models see, two for fewer, four or more for more.
+LAW = Law(slope=0.1, offset=1.4, fewest=4, most=64)
+FORMS = ("dynamic", "constant", "attention", "constant by a law", "attention by a law")
+
+
+def forms(model: nn.Module) -> tuple[RegisterPlan, ...]:
+    """The dynamic form from the embeddings on, the others from block 1 on, and with counts that follow the size."""
+    fixed = DYNAMIC, constant(model), attention_form(model)
+    return (*fixed, replace(constant(model), law=LAW), attention_form(model, law=LAW))
 
 
 def run(model: nn.Module, inputs: dict, **more) -> dict[str, Tensor]:
@@ -82,7 +98,8 @@ def test_every_output_keeps_its_shape_and_dtype(name):
     wanted = everything(model)
     before = run(model, inputs, **wanted)
     shapes = {path: (tensor.shape, tensor.dtype) for path, tensor in before.items()}
-    for plan in (DYNAMIC, *(constant(model, entry) for entry in range(3))):
+    entered = [make(model, entry) for entry in range(3) for make in (constant, attention_form)]
+    for plan in (*forms(model), *entered):
         with patch(model, plan):
             after = run(model, inputs, **wanted)
         assert {path: (tensor.shape, tensor.dtype) for path, tensor in after.items()} == shapes, plan
@@ -100,7 +117,7 @@ def test_removal_restores_every_bit_and_leaves_nothing(name):
 
     before, traces_before = run(model, inputs), traces()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    for plan in both(model):
+    for plan in forms(model):
         with patch(model, plan):
             assert not same(before, run(model, inputs))
             assert same(weights, model.state_dict())
@@ -131,31 +148,33 @@ def test_the_last_block_hands_back_its_own_memory(name):
 
 
 def _tokens(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 # What a patch does
 
 
 @EVERY
-@pytest.mark.parametrize("form", ["dynamic", "constant"])
+@pytest.mark.parametrize("form", FORMS)
 def test_register_neurons_are_silent_on_every_token_of_every_image(name, form):
     """Faults of other implementations: only the first image patched; one scalar for all neurons; patch 0 forgotten."""
     model, inputs = build(name)
     tower = find_tower(model)
-    plan = both(model)[form == "constant"]
-    seen: dict[int, Tensor] = {}
+    plan = forms(model)[FORMS.index(form)]
     with patch(model, plan):
-        for block, down in enumerate(tower.downs):
-            down.register_forward_pre_hook(lambda _, args, block=block: seen.update({block: args[0]}))
+        seen = {block: given(tower.downs[block]) for block in plan.neurons}
         run(model, inputs)
     for block, neurons in plan.neurons.items():
-        inside = block >= plan.entry
-        registers = plan.registers if inside else 0
-        tokens = seen[block][:, registers:, list(neurons)]  # (batch, tokens, neurons)
+        inside = block >= plan.entry and plan.form != "attention"
+        activation = tower.turned(seen[block][0])
+        length = activation.shape[1] - tower.prefix  # registers + patches
+        registers = (
+            next(count for count in range(length) if count == plan.registers_for(length - count)) if inside else 0
+        )
+        tokens = activation[:, registers:, list(neurons)]  # (batch, tokens, neurons)
         assert torch.count_nonzero(tokens) == 0
         if inside:
-            held = seen[block][:, :registers, list(neurons)]  # (batch, registers, neurons)
+            held = activation[:, :registers, list(neurons)]  # (batch, registers, neurons)
             assert torch.count_nonzero(held.amax(1)) > 0
             if form == "dynamic":  # one maximum per neuron and per image
                 assert len(held.amax(1).unique()) > len(neurons)
@@ -164,7 +183,7 @@ def test_register_neurons_are_silent_on_every_token_of_every_image(name, form):
 @EVERY
 def test_batch_of_eight_equals_eight_singles(name):
     model, inputs = build(name, batch=8)
-    for plan in both(model):
+    for plan in forms(model):
         with patch(model, plan):
             together = run(model, inputs)
             singles = [run(model, {key: _one(value, index) for key, value in inputs.items()}) for index in range(8)]
@@ -186,7 +205,7 @@ def test_other_sizes(name):
     for other in ROWS[name].other:
         model, inputs = build(name)[0], other(2)
         before = run(model, inputs)
-        for plan in both(model):
+        for plan in forms(model):
             with patch(model, plan):
                 after = run(model, inputs)
             assert [tensor.shape for tensor in after.values()] == [tensor.shape for tensor in before.values()]
@@ -196,22 +215,22 @@ def test_other_sizes(name):
 @EVERY
 def test_sdpa_equals_eager(name):
     model, inputs = build(name)
-    for plan in both(model):
+    for plan in forms(model):
         with patch(model, plan):
             eager = run(attention(model, "eager"), inputs)
             close(eager, run(attention(model, "sdpa"), inputs))
 
 
-@ONE_PER_FAMILY
+@pytest.mark.parametrize("name", [name for name in FIRST if not ROWS[name].single])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_dtype(name, dtype):
     def kinds(outputs: dict[str, Tensor]) -> dict[str, torch.dtype]:
         return {path: tensor.dtype for path, tensor in outputs.items()}
 
-    for form in range(2):
+    for form in range(len(FORMS)):
         model, inputs = build(name)
         plain = [run(build(name)[0].to(kind), cast(inputs, kind)) for kind in (dtype, torch.float64)]
-        with patch(model, both(model)[form]):  # before the moves: the registers' state follows the model
+        with patch(model, forms(model)[form]):  # before the moves: the registers' state follows the model
             exact = run(model, inputs)
             half = run(model.to(dtype), cast(inputs, dtype))
             near(half, exact)
@@ -222,7 +241,7 @@ def test_half_precision_keeps_its_dtype(name, dtype):
 @ONE_PER_FAMILY
 def test_autocast_and_inference_mode(name):
     model, inputs = build(name)
-    for plan in both(model):
+    for plan in forms(model):
         with patch(model, plan):
             exact = run(model, inputs)
             with torch.inference_mode():
@@ -235,21 +254,22 @@ def test_autocast_and_inference_mode(name):
 def test_recorded_registers_and_full_attention(name):
     model, inputs = build(name)
     attention(model, "eager")
-    tower, plan = find_tower(model), constant(model)
-    with patch(model, plan) as patched:
-        with patched.recording() as record:
-            outputs = run(model, inputs, **everything(model))
-        run(model, inputs)  # not recorded
-    handed = [path for path in outputs if "attentions" in path and not path.startswith(("text", "decoder"))]
-    assert list(record.registers) == list(range(1, len(tower.blocks)))
-    assert all(len(registers[0]) == plan.registers for registers in record.registers.values())
-    assert bool(record.attentions) >= bool(handed)
-    for block, full in record.attentions.items():
-        torch.testing.assert_close(full.sum(-1), torch.ones_like(full.sum(-1)))
-        for path in handed:
-            if path.endswith(f"attentions.{block}"):
-                assert torch.equal(full[..., plan.registers :, plan.registers :], outputs[path])
-                assert (outputs[path].sum(-1) < 1).all()
+    tower = find_tower(model)
+    for plan in (constant(model), attention_form(model)):
+        with patch(model, plan) as patched:
+            with patched.recording() as record:
+                outputs = run(model, inputs, **everything(model))
+            run(model, inputs)  # not recorded
+        handed = [path for path in outputs if "attentions" in path and not path.startswith(("text", "decoder"))]
+        assert list(record.registers) == list(range(1, len(tower.blocks)))
+        assert all(len(registers[0]) == plan.registers for registers in record.registers.values())
+        assert bool(record.attentions) >= bool(handed)
+        for block, full in record.attentions.items():
+            torch.testing.assert_close(full.sum(-1), torch.ones_like(full.sum(-1)))
+            for path in handed:
+                if path.endswith(f"attentions.{block}"):
+                    assert torch.equal(full[..., plan.registers :, plan.registers :], outputs[path])
+                    assert (outputs[path].sum(-1) < 1).all()
 
 
 @ONE_PER_FAMILY
@@ -267,7 +287,8 @@ def test_a_register_that_joins_with_the_embeddings_passes_the_norm_before_the_bl
             handle = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
             run(model, inputs)
             handle.remove()
-        assert torch.equal(seen[0][:, :2], wanted.expand(len(seen[0]), 2, -1))
+        joined = tower.turned(seen[0])
+        assert torch.equal(joined[:, :2], wanted.expand(len(joined), 2, -1))
 
 
 @ONE_PER_FAMILY
@@ -298,8 +319,8 @@ def test_no_registers_silences_neurons_only(name):
 # Gradients
 
 
-@ONE_PER_FAMILY
-@pytest.mark.parametrize("form", ["dynamic", "constant"])
+@pytest.mark.parametrize("name", [name for name in FIRST if not ROWS[name].single])
+@pytest.mark.parametrize("form", FORMS)
 def test_gradient_is_the_derivative(name, form):
     """Along a random direction of the images, in double precision: nothing is detached, nothing edited in place."""
     model, inputs = build(name)
@@ -313,7 +334,7 @@ def test_gradient_is_the_derivative(name, form):
         outputs = tensors(model(**{**inputs, where: images}))
         return sum((tensor**3).sum() for tensor in outputs.values() if tensor.is_floating_point())
 
-    with patch(model, both(model)[form == "constant"]):
+    with patch(model, forms(model)[FORMS.index(form)]):
         loss(point).backward()
         with torch.no_grad():
             difference = (loss(point + step) - loss(point - step)) / 2
@@ -330,7 +351,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, reentrant):
         model, inputs = build(name)
         model.train()
         image = inputs[pixels(inputs)].requires_grad_()
-        with patch(model, both(model)[form]) if form is not None else nullcontext():
+        with patch(model, forms(model)[form]) if form is not None else nullcontext():
             if checkpointed:
                 _checkpoint(model, reentrant)
             outputs = tensors(model(**inputs))
@@ -341,7 +362,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, reentrant):
         gradients(None, True)
     except RuntimeError as error:
         pytest.skip(f"not without a patch either: {error}")
-    for form in range(2):
+    for form in range(len(FORMS)):
         close(gradients(form, True), gradients(form, False), 1e-4)
 
 
@@ -359,10 +380,10 @@ def _checkpoint(model: nn.Module, reentrant: bool) -> None:
 
 @EVERY
 def test_a_copy_owns_its_patch(name):
-    for form in range(2):
+    for form in range(len(FORMS)):
         model, inputs = build(name)
         plain = run(model, inputs)
-        mine = patch(model, both(model)[form])
+        mine = patch(model, forms(model)[form])
         patched = run(model, inputs)
         twin = copy.deepcopy(model)
         theirs = active(twin)
@@ -395,7 +416,7 @@ def test_two_threads_share_a_model(name):
     def work(index: int) -> None:
         results[index] = run(model, halves[index])
 
-    for plan in both(model):
+    for plan in forms(model):
         with patch(model, plan):
             alone = [run(model, half) for half in halves]
             handle = find_tower(model).blocks[1].register_forward_hook(in_step)
@@ -411,14 +432,16 @@ def test_two_threads_share_a_model(name):
 
 
 def _new(output):
+    if isinstance(output, list):
+        return [tokens.clone() for tokens in output]
     return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
 
 
 @EVERY
 def test_a_hook_between_blocks_may_make_a_new_tensor(name):
-    for form in range(2):
+    for form in range(len(FORMS)):
         model, inputs = build(name)
-        with patch(model, both(model)[form]):
+        with patch(model, forms(model)[form]):
             before = run(model, inputs)
             for block in find_tower(model).blocks:
                 block.register_forward_hook(lambda module, args, output: _new(output))
@@ -529,13 +552,13 @@ def _wrapped(forward):
 
 # Tracing
 
-ALTERNATING = [(name, index % 2) for index, name in enumerate(TRACED)]
+ALTERNATING = [(name, index % len(FORMS)) for index, name in enumerate(TRACED)]
 
 
 @pytest.mark.parametrize(("name", "form"), [*ALTERNATING, (TRACED[0], 1)])
 def test_compiles_without_a_graph_break(name, form):
     model, inputs = build(name)
-    with patch(model, both(model)[form]), torch.no_grad():
+    with patch(model, forms(model)[form]), torch.no_grad():
         eager = run(model, inputs)
         torch._dynamo.reset()
         close(eager, tensors(torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)))
@@ -543,12 +566,12 @@ def test_compiles_without_a_graph_break(name, form):
 
 @pytest.mark.parametrize(
     ("name", "form", "strict"),
-    [*((*case, False) for case in ALTERNATING), *((TRACED[0], form, True) for form in (0, 1))],
+    [*((*case, False) for case in ALTERNATING), *((TRACED[0], form, True) for form in range(len(FORMS)))],
 )
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 def test_exports(name, form, strict):
     model, inputs = build(name)
-    with patch(model, both(model)[form]), torch.no_grad():
+    with patch(model, forms(model)[form]), torch.no_grad():
         eager = run(model, inputs)
         program = torch.export.export(model, (), inputs, strict=strict)
         close(eager, tensors(program.module()(**inputs)))

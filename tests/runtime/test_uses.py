@@ -10,10 +10,10 @@ import torch
 import transformers as hf
 from PIL import Image
 from torch import Tensor, nn
-from zoo import BLOCKS, CHANNELS, DINO, NECK, NEURONS, PATCH, SIZE, VISION, build, images, scale, tensors
+from zoo import BLOCKS, CHANNELS, DINO, NECK, NEURONS, PATCH, SIZE, VISION, build, given, images, scale, tensors
 
 from testreg import RegisterPlan, UnsupportedModel, patch
-from testreg.runtime.families import find_tower
+from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({0: (1, 5), 1: (3,)}, registers=2)
 IMAGE_TOKEN = 60
@@ -307,8 +307,7 @@ def test_a_lora_training_step_through_a_patched_model(patch_first):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    seen: list[Tensor] = []
-    find_tower(model).downs[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seen = given(find_tower(model).downs[1])
     run(adapted.eval(), inputs)
     assert torch.count_nonzero(seen[0][:, PLAN.registers :, 3]) == 0  # the neurons stay silent under the adapter
     patched.remove()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import UnsupportedModel
-from ...runtime.families import Tower, reach
+from ...runtime.paths import reach
+from ...runtime.towers import Tower
 
 
 @dataclass(frozen=True)

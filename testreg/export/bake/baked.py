@@ -18,13 +18,16 @@ from ...checkpoints.atomic import replacing
 from ...checkpoints.card import metadata
 from ...checkpoints.original import load_base
 from ...checkpoints.saving import free, source_files
-from ...images.streaming import processor_for, stream
+from ...finding.as_tokens import as_tokens
+from ...images.processors import chosen
+from ...images.streaming import stream
+from ...images.takes import taken_by
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
-from ...runtime.families import find_tower
 from ...runtime.installer import active, check
 from ...runtime.modeling_testreg import load
 from ...runtime.plan import RegisterPlan
+from ...runtime.towers import find_tower
 from . import of_timm, stock
 from .drift import Drift, measure
 from .fit import fit, slots, trajectory
@@ -33,7 +36,6 @@ CALIBRATION, HELD_OUT = 32, 64  # images that weights are fitted to, and others 
 FEWEST = 8
 OUTLIER = 3.0  # times the median norm: no patch may reach it, except where the run-time patch leaves it too
 ALIKE = 0.99  # cosine with the run-time patch, of patch features and of answers
-REPLACE = "replace=True (--replace)"  # how the user lets go of what the directory holds
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Baked:
 
     def save(self, directory: str | Path, *, replace: bool = False) -> Path:
         """Write a stock checkpoint; see `export_stock`."""
-        target = free(directory, self.model, replace, REPLACE)
+        target = free(directory, self.model, replace)
         try:
             with replacing(target) as build:
                 self._write(build)
@@ -137,7 +139,7 @@ class Baked:
 
 def bake(
     model: nn.Module,
-    plan: RegisterPlan,
+    plan: RegisterPlan | str | Path,
     images: Any,
     *,
     processor: Any = None,
@@ -150,7 +152,8 @@ def bake(
     Args:
         model: a ViT, DeiT, CLIP, SigLIP or DINOv2 of transformers, alone or under a head, or a VisionTransformer or Eva
             of timm, as `timm.create_model` made it. A patch on it is left out.
-        plan: dynamic or constant. Where registers fire register neurons themselves, their mean state after each such
+        plan: of any form; slots hold tokens, so one of the attention form is baked as what it stands for, tokens with
+            the outliers' mean state. Where registers fire register neurons themselves, their mean state after each such
             block is baked, which for dynamic ones takes the place of what the image says.
         images: at least 8 different ones, unlabelled; see `testreg.images.stream`. Every other one is held out, and the
             first 32 and 64 of the two halves are used.
@@ -167,6 +170,7 @@ def bake(
         BadImages: there are too few.
         Harmful: patches are still outliers, or the features are not those of the run-time patch; with the numbers.
     """
+    plan = RegisterPlan.of(plan)
     tower = find_tower(model)
     library = stock.library_for(tower, library)
     check(tower, plan)
@@ -180,6 +184,7 @@ def bake(
     original = copy.deepcopy(model).eval().to("cpu", torch.float32)
     while (acting := active(original)) is not None:
         acting.remove()
+    plan = as_tokens(original, plan, calibration)
     states = trajectory(original, plan, calibration)
     baked = copy.deepcopy(original)
     registers = fit(baked, plan, states, calibration)
@@ -190,7 +195,7 @@ def bake(
     if not force:
         _judge(drift)
     dtype = next(model.parameters()).dtype
-    return Baked(baked.to(dtype), registers.to(dtype), plan, library, drift, processor or _processor(model))
+    return Baked(baked.to(dtype), registers.to(dtype), plan, library, drift, _processor(model, processor))
 
 
 def export_stock(
@@ -198,7 +203,7 @@ def export_stock(
     images: Any,
     out: str | Path,
     *,
-    plan: RegisterPlan | None = None,
+    plan: RegisterPlan | str | Path | None = None,
     processor: Any = None,
     library: str | None = None,
     batch_size: int = 16,
@@ -224,10 +229,10 @@ def export_stock(
     if not isinstance(model, nn.Module):
         loaded = load_base(model) if plan is not None else load(model)
     acting = active(loaded)
-    plan = plan or (acting.plan if acting else None)
-    if plan is None:
+    if plan is None and acting is None:
         raise BadPlan(f"{type(loaded).__name__} is not patched: give the plan (--plan FILE), or patch it first.")
-    free(out, loaded, replace, REPLACE)  # before minutes of work
+    plan = acting.plan if plan is None and acting else RegisterPlan.of(plan)
+    free(out, loaded, replace)  # before minutes of work
     baked = bake(loaded, plan, images, processor=processor, library=library, batch_size=batch_size, force=force)
     baked.save(out, replace=replace)
     return baked
@@ -238,7 +243,8 @@ def _halves(model: nn.Module, images: Any, processor: Any, batch_size: int) -> t
     seen: set[str] = set()
     halves: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] = ([], [])
     counts = [0, 0]
-    for batch in stream(images, processor, model=model, batch_size=batch_size):
+    batches = stream(images, processor, model=model, batch_size=batch_size)
+    for batch in batches:
         rows: tuple[list[int], list[int]] = ([], [])
         for row, digest in enumerate(batch.digests):
             half = len(seen) % 2
@@ -251,6 +257,7 @@ def _halves(model: nn.Module, images: Any, processor: Any, batch_size: int) -> t
                 halves[half].append({name: value[rows[half]] for name, value in batch.inputs.items()})
         if counts == [CALIBRATION, HELD_OUT]:
             break
+    batches.warn()
     if sum(counts) < FEWEST:
         raise BadImages(
             f"{sum(counts)} different images are too few to fit weights and to check them: give {FEWEST} or more."
@@ -271,8 +278,8 @@ def _judge(drift: Drift) -> None:
         )
 
 
-def _processor(model: nn.Module) -> Any:
+def _processor(model: nn.Module, given: Any) -> Any:
     try:
-        return processor_for(model)
+        return chosen(given, model, taken_by(model))
     except BadImages:
         return None  # a stock checkpoint without one is as complete as the checkpoint that it comes from

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...finding.answers import answer
 from ...finding.observe import observe, run
-from ...runtime.families import Tower, find_tower, reach
 from ...runtime.installer import patch
+from ...runtime.paths import reach
 from ...runtime.plan import RegisterPlan
+from ...runtime.towers import Tower, find_tower
 from .fit import Inputs
 
 
@@ -111,22 +113,17 @@ def _look(model: nn.Module, plan: RegisterPlan | None, inputs: dict[str, Tensor]
     norms = torch.stack([state[:, tower.prefix :].norm(dim=-1) for state in seen.states.values()], dim=1)
     ratio = norms / norms.median(dim=-1, keepdim=True).values  # (images, blocks, patches)
     patches = seen.states[last][:, tower.prefix :]
-    answer, classes = _answer(output, tower)
-    return _Look(ratio.amax(dim=(1, 2)), patches, answer, classes)
+    kind, said = answer(output, lambda: _last_state(output, tower))
+    classes = kind == "logits" and reach(tower.module, "num_classes") != 0  # without any, timm's models give features
+    return _Look(ratio.amax(dim=(1, 2)), patches, said, classes)
 
 
-def _answer(output: Any, tower: Tower) -> tuple[Tensor, bool]:
-    if isinstance(output, Tensor):  # timm's
-        return (output if output.ndim == 2 else output[:, 0]), reach(tower.module, "num_classes") > 0
-    for name in ("logits", "image_embeds", "pooler_output"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor) and value.ndim == 2:
-            return value, name == "logits"
-    tokens = getattr(output, "last_hidden_state", None)
-    if isinstance(tokens, Tensor) and tokens.ndim == 3:
-        return (tokens[:, 0] if tower.prefix else tokens.mean(1)), False
-    maps = output.feature_maps[-1]  # of a backbone, (images, channels, height, width) or (images, tokens, channels)
-    return maps.flatten(1), False
+def _last_state(output: Any, tower: Tower) -> Tensor:
+    """The class token, or the mean token, after the last block; of a backbone its last map."""
+    tokens = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+    if tokens is None:
+        return output.feature_maps[-1].flatten(1)  # (images, channels, rows, columns) or (images, tokens, channels)
+    return tokens[:, 0] if tower.prefix else tokens.mean(1)
 
 
 def _agree(one: _Look, other: _Look) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...finding.observe import run
 from ...runtime.errors import Harmful
-from ...runtime.families import Tower, find_tower
 from ...runtime.installer import patch
 from ...runtime.plan import RegisterPlan
+from ...runtime.towers import Tower, find_tower
 from . import algebra
 from .anatomy import Parts, parts, turned
 

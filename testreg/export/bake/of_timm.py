@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import UnsupportedModel
-from ...runtime.families import Tower, reach
+from ...runtime.paths import reach
+from ...runtime.towers import Tower
 
 SLOTS = {"timm-vit": "reg_tokens", "timm-eva": "num_reg_tokens"}  # family -> the argument that counts its registers
 

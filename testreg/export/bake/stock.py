@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from ...runtime.errors import UnsupportedModel
-from ...runtime.families import Tower, reach
+from ...runtime.paths import reach
+from ...runtime.towers import Tower
 from . import of_timm
 from .anatomy import parts
 

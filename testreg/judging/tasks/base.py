@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...finding.observe import run
+from ...finding.answers import answer, direction
+from ...finding.observe import observe, run
+from ...finding.trial import Threshold
 from ...images import labels
 from ...images.labels import Sample
+from ...runtime import find_tower
 from ..arms import Arm
 
 Statistic = Callable[[np.ndarray], Any]
@@ -59,11 +62,15 @@ class Task(ABC):
 
     Attributes:
         side: pixels of the shorter side of photos; None = however the processor does it.
+        threshold: from which norm on a patch is an outlier, where outliers are counted or repaired; None = as when the
+            plan was found.
     """
 
     name: ClassVar[str]
     repairable: ClassVar[bool] = True  # whether a repair of what is read from the model means something here
+    counts_outliers: ClassVar[bool] = False
     side: int | None = None
+    threshold: Threshold | None = field(default=None, kw_only=True)
 
     def samples(self, data: str | Path) -> list[Sample]:
         return labels.photos(data)
@@ -81,23 +88,28 @@ class Task(ABC):
         return {}
 
 
-def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-    """What the model says of each image as a whole, `(batch, channels)`, and what that is.
+def ask(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """What the model says of each image as a whole, `(batch, channels)` on the CPU, and what that is.
 
-    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state.
+    Logits of a head, image embeddings of a model that reads text too, the pooled output, or else the mean last state;
+    of a packed tower, the mean direction of what it makes of the patches.
     """
+    if (tower := find_tower(model)).row.packed:
+        with observe(model, states=[len(tower.blocks) - 1]) as seen:
+            output = run(model, inputs)
+        return "direction", direction(output, seen.states[len(tower.blocks) - 1]).cpu()
     if hasattr(model, "get_image_features"):
         pooled = run(model, inputs).pooler_output
         with torch.no_grad():
             project: Any = getattr(model, "visual_projection", None)
             return "image_embeds", (pooled if project is None else project(pooled)).float().cpu()
     output = run(model, inputs, whole=True)
-    if isinstance(output, Tensor) and output.ndim == 2:  # timm, open_clip, torchvision
-        return "logits", output.float().cpu()
-    for kind in ("logits", "image_embeds", "pooler_output"):
-        if isinstance(found := getattr(output, kind, None), Tensor) and found.ndim == 2:
-            return kind, found.float().cpu()
+    kind, said = answer(output, lambda: _mean_state(output))
+    return kind, said.cpu()
+
+
+def _mean_state(output: Any) -> Tensor:
     states = getattr(output, "last_hidden_state", None)
     if states is None:
         states = output.feature_maps[-1].flatten(2).transpose(1, 2)  # a backbone: (batch, channels, rows, columns)
-    return "mean state", states.float().mean(dim=1).cpu()
+    return states.float().mean(dim=1)

@@ -16,7 +16,7 @@ from ...images import labels
 from ...images.labels import Sample
 from ...runtime.errors import BadImages
 from ..arms import Arm
-from .base import Measure, Measures, Task, answer
+from .base import Measure, Measures, Task, ask
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Classify(Task):
     def look(self, arm: Arm, samples: Iterable[Sample]) -> dict[str, np.ndarray]:
         outputs, kinds, true = [], set(), []
         for sample in samples:
-            kind, output = answer(arm.model, arm.inputs(sample.path, self.side))
+            kind, output = ask(arm.model, arm.inputs(sample.path, self.side))
             outputs.append(output)
             kinds.add(kind)
             true.append(self.classes.index(str(sample.label)))

@@ -13,23 +13,18 @@ from torch import Tensor
 
 from ... import metrics
 from ...finding.observe import observe, run
-from ...finding.trial import Threshold
 from ...images.labels import Sample
 from ..arms import USUAL, Arm
-from .base import Measure, Measures, Task, answer
+from .base import Measure, Measures, Task, ask
 
 
 @dataclass
 class Outliers(Task):
-    """Patch norms at every block's output: means over images of each image's median, 99th percentile and largest.
-
-    Attributes:
-        threshold: from which norm on a patch is an outlier; None = as when the plan was found.
-    """
+    """Patch norms at every block's output: means over images of each image's median, 99th percentile and largest."""
 
     name: ClassVar[str] = "outliers"
     repairable: ClassVar[bool] = False
-    threshold: Threshold | None = None
+    counts_outliers: ClassVar[bool] = True
 
     def look(self, arm: Arm, samples: Iterable[Sample]) -> list[Tensor]:
         blocks, found = range(len(arm.tower.blocks)), []
@@ -102,7 +97,7 @@ class Agreements(Task):
     repairable: ClassVar[bool] = False
 
     def look(self, arm: Arm, samples: Iterable[Sample]) -> Tensor:
-        return torch.cat([answer(arm.model, arm.inputs(sample.path, self.side))[1] for sample in samples])
+        return torch.cat([ask(arm.model, arm.inputs(sample.path, self.side))[1] for sample in samples])
 
     def measure(self, seen: Tensor, unpatched: Tensor) -> Measures:
         if seen.shape != unpatched.shape:
