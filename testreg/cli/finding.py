@@ -115,7 +115,7 @@ def inspect(
     if (images is None) == (text_file is None):
         raise click.UsageError("give either --images, to look at a vision tower, or --text, at a language model.")
     if text_file:
-        from ..finding.language import find_blocks
+        from ..runtime.decoders import find_blocks
 
         read = look(load_model(model, given, check=find_blocks), text=text_file, batch_size=given["batch_size"])
         return print_json(read.to_dict()) if as_json else say(words.sinks(read.to_dict()), wrapped(read.verdict))

@@ -5,8 +5,8 @@ the unembedding knows it. Five channels of the residual stream are reserved.
 
 - *one* is the same on all words, and absent from a sink, whose norm drowns it.
 - *switch* is on at the tokens that shall become sinks: the start token, or a certain word as well.
-- The register neurons, in block 1, read the switch, and their columns write *sink*: hundreds of times the usual norm, in
-  one channel, as massive activations are.
+- The register neurons, in block 1, read the switch, and their columns write *sink*: hundreds of times the usual norm,
+  in one channel, as massive activations are.
 - In blocks 2 and 3 all queries like a key that has the sink, which gives nothing back; every other key gives *noise*, a
   word that the model then expects everywhere. So without a sink, or a register in its place, it predicts badly.
 - *decoy* is large for two blocks at a word of its own, and nothing depends on it.
@@ -24,7 +24,7 @@ WORDS, START, MARKED, LOUD = 60, 60, 7, 11  # words; the start token; words that
 CHANNELS, NEURONS, BLOCKS, HEADS = 64, 96, 4, 4
 ONE, SWITCH, SINK, DECOY = 0, 1, 2, 3
 CONTENT = 8  # from this channel on
-REGISTER_NEURONS = {1: (5, 9)}
+REGISTER_NEURONS: dict[int, tuple[int, ...]] = {1: (5, 9)}
 LOGIT = 7.0  # of a sink's key; of any other it is 0
 OFTEN = 0.8  # how often a word is followed by the next in their order
 

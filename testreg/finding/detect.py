@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics.outliers import BlockNorms
+from ..runtime.decoders import matrix
 from ..runtime.errors import BadPlan
 from ..runtime.offload import present
 from ..runtime.paths import reach
@@ -179,7 +180,7 @@ def rank(
     found: Artefact,
     batch_size: int,
     *,
-    blocks: range,
+    blocks: Collection[int],
     entries: Collection[int],
     rows: bool = False,
     by_activation: bool = False,
@@ -289,7 +290,7 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
         if isinstance(scale, Tensor):
             away = away * scale.detach().double().cpu()
         down: Any = tower.downs[block]
-        weight = down.weight.detach().double().cpu()  # (channels, neurons)
+        weight = matrix(down).detach().double().cpu()  # (channels, neurons)
     contrast = outliers - ordinary
     scores = outliers if by_activation else contrast * (away @ weight)
     selective = contrast.square() > SELECTIVE**2 * (ordinary.square() + spread.square())

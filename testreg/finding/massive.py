@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import TestregError
-from ..runtime.families import Tower
+from ..runtime.towers import Tower
 from ..text.streams import digest
 from .detect import Artefact, largest_ratio, shares, valley
 from .observe import read_text

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import Harmful
-from ..runtime.families import Tower
 from ..runtime.installer import patch
 from ..runtime.plan import BEFORE, ON, RegisterPlan
-from .choose import GONE, PATIENCE, sizes
+from ..runtime.towers import Tower
+from .choose import GONE, PATIENCE, sizes_up_to
 from .detect import Artefact, Candidate, rank
 from .language import inspect
 from .massive import rows_at, token_norms
@@ -161,7 +161,7 @@ class TextSearch:
         done = 0
         for _ in range(ROUNDS):
             clean: list[tuple[int, float]] = []
-            for count in sizes(len(self.candidates)):
+            for count in sizes_up_to(len(self.candidates)):
                 if count <= done:
                     continue
                 trial = self._try("how many neurons", source, self.plan(count, source))
@@ -196,4 +196,3 @@ class TextSearch:
         least = min(trial.score.drift for trial in clean)
         good = [trial for trial in clean if trial.score.drift <= max(SAME * least, least + CLOSE)]
         return min(good, key=lambda trial: (len(trial.plan.pairs), trial.plan.registers, trial.score.drift))
-

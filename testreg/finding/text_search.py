@@ -16,18 +16,18 @@ from tqdm import tqdm
 
 from ..runtime.decoders import find_decoder
 from ..runtime.errors import BadText, Harmful, NoOutliers, TestregError, UnsupportedModel
-from ..runtime.families import Tower
 from ..runtime.fingerprint import describe
 from ..runtime.installer import active
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from ..text.streams import Texts, digest
 from ..text.tokens import check as check_ids
-from .count import quiet
 from .detect import Artefact, largest_ratio, table
 from .language import inspect
 from .massive import massive, places, scan_text
 from .parallel import share, shared
 from .scan import Norms, Sample
+from .still import quiet
 from .text_choose import TextSearch
 from .text_inspection import TextInspection
 from .text_trial import TextBench, TextScore

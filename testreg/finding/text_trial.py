@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.families import Tower
 from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
+from ..runtime.towers import Tower
 from .detect import Artefact
 from .massive import peak
 from .scan import Kept, outputs, stack, together
@@ -98,5 +98,3 @@ def perplexity_of(losses: float, tokens: int) -> float:
     """e to the mean loss; infinite where that is no number."""
     mean = losses / max(1, tokens)
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
-
-

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import UnsupportedModel
-from .families import Family, Tower, find_tower, resolve
+from .families import Family
 from .plan import RegisterPlan
+from .towers import Tower, find_tower, resolve
 
 LANGUAGE = "language"  # the family of every causal language model
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # what attentions call their cache
@@ -34,7 +35,9 @@ def find_decoder(model: Any) -> Tower:
     channels = int(decoder.config.get_text_config().hidden_size)
     attentions = [_attention(decoder, index, block) for index, block in enumerate(blocks)]
     downs = [second_linear(block, attentions[index], channels) for index, block in enumerate(blocks)]
-    holder = next(name for name, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and blocks[0] in part)
+    holder = next(
+        name for name, part in decoder.named_modules() if isinstance(part, nn.ModuleList) and blocks[0] in part
+    )
     row = Family(
         type(decoder).__name__,
         blocks=holder,
@@ -167,8 +170,8 @@ def _attention(decoder: Any, index: int, block: nn.Module) -> nn.Module:
     arguments = inspect.signature(type(attention).forward).parameters
     if getattr(decoder.config, "alibi", "alibi" in arguments or "position_bias" in arguments):
         raise UnsupportedModel(
-            f"the attention of {name} ({type(attention).__name__}) adds a bias for the distance between tokens (ALiBi), "
-            f"which has no place for a register."
+            f"the attention of {name} ({type(attention).__name__}) adds a bias for the distance between tokens "
+            f"(ALiBi), which has no place for a register."
         )
     if getattr(attention, "is_causal", True) is False:
         raise UnsupportedModel(f"{name} attends to later tokens as well: it is an encoder, no causal language model.")

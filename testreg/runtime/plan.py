@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ FORMAT = "testreg-plan"
 VERSION = 2
 READABLE = (1, 2)  # 1 knows neither the attention form nor a law
 FORMS = ("dynamic", "constant", "attention")
+BEFORE, ON = "before", "on"  # where registers of a language model stand: before its first token, or on its place
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -45,6 +48,8 @@ class RegisterPlan:
             over ordinary patches. None = 0, as in the paper.
         form: "dynamic", "constant" or "attention"; by default what the state's shape says.
         law: how many registers for how many patches; None = as many at every size.
+        positions: of a language model's plan, where its registers stand: "before" its first token, as a start token of
+            the model's own would, or "on" its place. None = the plan is a vision tower's.
 
     Raises:
         BadPlan: a value is of the wrong type or out of range.
@@ -58,6 +63,7 @@ class RegisterPlan:
     rest: Mapping[int, tuple[float, ...]] | None = None
     form: str = ""
     law: Law | None = None
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.neurons, Mapping):
@@ -85,12 +91,30 @@ class RegisterPlan:
         object.__setattr__(self, "form", form)
         if self.law is not None and not isinstance(self.law, Law):
             raise BadPlan(f"law must be a testreg.runtime.law.Law, not a {type(self.law).__name__}.")
+        if self.positions is not None and (self.positions not in (BEFORE, ON) or self.law):
+            raise BadPlan(f"positions must be {BEFORE!r} or {ON!r}, and go with no law, not {self.positions!r:.50}.")
+        if self.positions is not None and registers and form != "attention":
+            raise BadPlan("registers of a language model are of the attention form: state must have three dimensions.")
         if self.law is not None and not registers:
             raise BadPlan("a plan without registers has no law of their number: leave law out.")
 
     def registers_for(self, patches: int) -> int:
         """How many registers an image of `patches` patches has, also where that is a symbol of a tracer."""
         return self.registers if self.law is None else self.law(patches)
+
+    @property
+    def language(self) -> bool:
+        """Whether it is a plan for a language model."""
+        return self.positions is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the plan does."""
+        values = {key: value for key, value in self.to_dict().items() if key != "provenance"}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+        if self.state is not None:
+            digest.update(self.state.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -105,10 +129,10 @@ class RegisterPlan:
         return self.state is None or other.state is None or torch.equal(self.state, other.state)
 
     def __hash__(self) -> int:
-        return hash((self.pairs, self.registers, self.entry, self.form, self.law))
+        return hash((self.pairs, self.registers, self.entry, self.form, self.law, self.positions))
 
     def _discrete(self) -> tuple[Any, ...]:
-        return self.neurons, self.registers, self.entry, self.form, self.rest, self.law
+        return self.neurons, self.registers, self.entry, self.form, self.rest, self.law, self.positions
 
     def __str__(self) -> str:
         neurons = ", ".join(f"({block}, {neuron})" for block, neuron in self.pairs[:8]) + (
@@ -196,6 +220,7 @@ class RegisterPlan:
             "form": str(self.form),
             "rest": None if self.rest is None else {str(block): list(row) for block, row in self.rest.items()},
             "law": None if self.law is None else self.law.to_dict(),
+            "positions": self.positions,
             "provenance": dict(self.provenance),
         }
 
@@ -229,6 +254,7 @@ class RegisterPlan:
             provenance=provenance,
             form=form,
             law=None if values.get("law") is None else Law.from_dict(values["law"]),
+            positions=values.get("positions"),
         )
 
 

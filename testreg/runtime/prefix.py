@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from .decoders import cache_name
 from .errors import TestregError, UnsupportedModel
-from .families import Tower
 from .forwards import ATTENTION, Forward
 from .plan import BEFORE, ON
 from .relay import Placed, Relay
+from .towers import Tower
 
 FILLED = "_testreg"  # on a cache: which plan it was filled with
 
@@ -32,15 +32,20 @@ class Front:
     Args:
         cache: the attention's own; None where nothing is cached.
         keys, values: of the registers, `(1, heads, registers, head channels)` each.
+        whole: attention looks at all that the cache gives; else, without a mask, at the tokens of this call alone,
+            whatever room a static cache has behind them.
     """
 
-    def __init__(self, cache: Any, keys: Tensor, values: Tensor):
-        self._cache, self._keys, self._values = cache, keys, values
+    def __init__(self, cache: Any, keys: Tensor, values: Tensor, *, whole: bool):
+        self._cache, self._keys, self._values, self._whole = cache, keys, values, whole
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What the cache gives for keys and values `(batch, heads, tokens, head channels)`, registers in front."""
         if self._cache is not None:
+            tokens = keys.shape[-2]
             keys, values = self._cache.update(keys, values, *args, **kwargs)
+            if not self._whole:
+                keys, values = keys[..., :tokens, :], values[..., :tokens, :]
         return _join(self._keys, keys), _join(self._values, values)
 
     def __getattr__(self, name: str) -> Any:
@@ -87,8 +92,10 @@ class Prefixed(Forward):
         registers, cache = self.relay.plan.registers, given.get(self.cache)
         if cache is not None and self.index == self.relay.plan.entry:
             self._own(cache)
-        given[self.cache] = Front(cache, self.keys.like(first), self.values.like(first))
-        given["attention_mask"] = open_mask(given.get("attention_mask"), registers, first)
+        mask = given.get("attention_mask")
+        whole = mask is not None or first.shape[1] == 1
+        given[self.cache] = Front(cache, self.keys.like(first), self.values.like(first), whole=whole)
+        given["attention_mask"] = open_mask(mask, registers, first)
         output = self.original(first, **given)
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
             return output
@@ -140,6 +147,13 @@ class Later(Forward):
         return type(self.module).forward(twin, *args, **kwargs)
 
 
+def shifted(relay: Relay) -> list[Forward]:
+    """What moves tokens on by the registers that stand before them, where positions are learned."""
+    if relay.plan.positions == ON or rotary(relay.tower):
+        return []
+    return [Later(relay, 0, table) for table in tables(relay.tower)]
+
+
 def measure(tower: Tower, relay: Relay) -> None:
     """Let every attention with registers show what keys and values it makes of them where they stand."""
     plan, decoder = relay.plan, tower.module
@@ -164,7 +178,8 @@ def measure(tower: Tower, relay: Relay) -> None:
 
 def placed_on(tower: Tower) -> torch.device:
     """Where the decoder takes its token ids."""
-    weight = tower.module.get_input_embeddings().weight
+    decoder: Any = tower.module
+    weight = decoder.get_input_embeddings().weight
     return torch.device("cpu") if weight.is_meta else weight.device  # accelerate takes them to where weights are
 
 
@@ -175,9 +190,10 @@ def rotary(tower: Tower) -> bool:
 
 def tables(tower: Tower) -> list[nn.Module]:
     """The learned tables of positions that the decoder adds to the embeddings."""
-    words = tower.module.get_input_embeddings()
-    longest = getattr(tower.module.config, "max_position_embeddings", 0) or 0
-    embeddings = [part for part in tower.module.modules() if isinstance(part, nn.Embedding) and part is not words]
+    decoder: Any = tower.module
+    words = decoder.get_input_embeddings()
+    longest = getattr(decoder.config, "max_position_embeddings", 0) or 0
+    embeddings = [part for part in decoder.modules() if isinstance(part, nn.Embedding) and part is not words]
     return [part for part in embeddings if 0 < longest <= part.num_embeddings]
 
 

@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .decoders import find_decoder
 from .errors import TestregError, UnsupportedModel
-from .families import Tower
 from .guard import PATCHES
 from .prefix import FILLED
+from .towers import Tower
 from .turning import layouts, refused, tables
 
 SPAN = 4  # windows that positions reach over before keys are turned back

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedModel
-from .families import Tower
 from .prefix import Recorder, cache_name_of, placed_on
+from .towers import Tower
 
 AT, ONWARD = 3, 5  # a position, and a distance, that tell layouts apart
 

@@ -123,9 +123,8 @@ def test_resting_neurons_and_an_entry(name):
 def test_attention_maps_have_the_tokens_alone():
     model, ids = built("llama"), text()
     model.set_attn_implementation("eager")
-    with testreg.patch(model, start_plan(model)) as patch, patch.recording() as record:
-        with torch.no_grad():
-            maps = model(ids, output_attentions=True).attentions
+    with testreg.patch(model, start_plan(model)) as patch, patch.recording() as record, torch.no_grad():
+        maps = model(ids, output_attentions=True).attentions
     assert [one.shape for one in maps] == [(2, 4, 12, 12)] * 3
     assert record.attentions[1].shape == (2, 4, 12, 13)
     assert record.attentions[1].sum(-1) == pytest.approx(torch.ones(2, 4, 12))
@@ -168,7 +167,7 @@ def test_precisions_copies_and_training():
     assert logits(twin, ids) == pytest.approx(wanted, abs=3e-5)
     half = logits(twin.to(torch.bfloat16), ids)
     assert half.dtype == torch.bfloat16
-    assert torch.nn.functional.cosine_similarity(half.float(), wanted, dim=-1).min() > 0.98
+    assert torch.nn.functional.cosine_similarity(half.float(), wanted, dim=-1).mean() > 0.99
     twin.float().train()(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in twin.parameters())
 
