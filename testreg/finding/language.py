@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..metrics.sinks import received, sink_rate
 from ..runtime.decoders import attentions_of, decoder_of, find_blocks
 from ..runtime.errors import UnsupportedModel
+from ..runtime.guard import PATCHES
 from ..text.tokens import check, tokens
 from .observe import eager
 from .still import quiet
@@ -133,7 +134,13 @@ def _sum_up(model: nn.Module, blocks: list[nn.Module], seen: list[Seen]) -> Text
         blocks=tuple(_block(block) for block in whole),
         sequences=sequences,
         tokens=length,
+        registers=_registers(model),
     )
+
+
+def _registers(model: nn.Module) -> int:
+    patches = decoder_of(model).__dict__.get(PATCHES)
+    return patches[-1].plan.registers if patches else 0
 
 
 def _block(values: dict[str, Tensor]) -> TextBlock:

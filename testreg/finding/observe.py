@@ -81,7 +81,7 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
         whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
     """
     if "input_ids" in inputs:
-        return read_text(model, find_decoder(model), inputs["input_ids"])
+        return read_text(model, find_decoder(model), inputs["input_ids"], whole=whole)
     tower = find_tower(model)
     module = model if whole and _takes_images_alone(model) else tower.module
     weight = next(module.parameters())
@@ -248,8 +248,9 @@ def _unchanged() -> Iterator[None]:
     yield
 
 
-def read_text(model: Any, tower: Tower, ids: Tensor) -> None:
-    """One pass of a language model, without its head and without gradients, over ids `(sequences, tokens)`."""
+def read_text(model: Any, tower: Tower, ids: Tensor, *, whole: bool = False) -> Any:
+    """One pass of a language model without gradients over ids `(sequences, tokens)`; with its head where `whole`."""
     device = model.get_input_embeddings().weight.device
+    ids = ids.to("cpu" if device.type == "meta" else device)
     with torch.no_grad():
-        tower.module(input_ids=ids.to("cpu" if device.type == "meta" else device), use_cache=False)
+        return (model if whole else tower.module)(input_ids=ids, use_cache=False)

@@ -13,7 +13,7 @@ from ..runtime.errors import Harmful
 from ..runtime.installer import patch
 from ..runtime.plan import BEFORE, ON, RegisterPlan
 from ..runtime.towers import Tower
-from .choose import GONE, PATIENCE, sizes_up_to
+from .choose import GONE, sizes_up_to
 from .detect import Artefact, Candidate, rank
 from .language import inspect
 from .massive import rows_at, token_norms
@@ -40,7 +40,8 @@ class TextTrial:
         plan = self.plan
         about = {"why": self.why, "rows": self.rows, "neurons": len(plan.pairs), "registers": plan.registers}
         about |= {"entry": plan.entry, "positions": plan.positions}
-        return {**about, **{name: round(number, 6) for name, number in asdict(self.score).items()}}
+        scores = {**asdict(self.score), "drift": self.score.drift}
+        return {**about, **{name: round(number, 6) for name, number in scores.items()}}
 
 
 class TextSearch:
@@ -78,21 +79,24 @@ class TextSearch:
                 f"not remove them."
             )
 
-    def plan(self, neurons: int, source: str, count: int = 1, entry: int = 0, positions: str = BEFORE) -> RegisterPlan:
-        """A plan with the best `neurons` candidates at rest, and `count` rows of one kind."""
+    def plan(
+        self, neurons: int, source: str = "", count: int = 1, entry: int = 0, positions: str = BEFORE
+    ) -> RegisterPlan:
+        """A plan with the best `neurons` candidates at rest, and `count` rows of one kind; with no kind, no rows."""
         rows: dict[int, list[int]] = {}
         for candidate in self.candidates[:neurons]:
             rows.setdefault(candidate.block, []).append(candidate.neuron)
-        state = self.rows[source][entry:, None].expand(-1, count, -1)  # (blocks, registers, channels)
         chosen = {block: tuple(row) for block, row in rows.items()}
+        if not source:
+            return RegisterPlan(chosen, 0, positions=positions)
+        state = self.rows[source][entry:, None].expand(-1, count, -1)  # (blocks, registers, channels)
         return RegisterPlan(chosen, count, entry, state, positions=positions)
 
     def best(self) -> RegisterPlan:
         """The plan that takes the massive tokens away and changes the likelihood of text least."""
-        source = next(iter(self.rows))
-        neurons = self._neurons(source)
-        for other in [name for name in self.rows if name != source]:
-            self._try("which rows", other, self.plan(neurons, other))
+        neurons = self._neurons()
+        for source in self.rows:
+            self._try("which rows", source, self.plan(neurons, source))
         best = self._winner()
         self._try("where they stand", best.rows, replace(best.plan, positions=ON))
         best = self._winner()
@@ -156,24 +160,19 @@ class TextSearch:
         self.candidates += new
         return bool(new)
 
-    def _neurons(self, source: str) -> int:
-        """How many of the best candidates: the fewest of the least drift, among those that leave no massive token."""
+    def _neurons(self) -> int:
+        """How many of the best candidates rest: the fewest that leave no massive token, with no register to help.
+
+        With a register in front the first token may stay small by itself; what a text can begin with, and what a
+        window can begin with, is not all in the text that is tried.
+        """
         done = 0
         for _ in range(ROUNDS):
-            clean: list[tuple[int, float]] = []
             for count in sizes_up_to(len(self.candidates)):
-                if count <= done:
-                    continue
-                trial = self._try("how many neurons", source, self.plan(count, source))
-                if self._clean(trial.score):
-                    clean.append((count, trial.score.drift))
-                least = min((drift for _, drift in clean), default=0.0)
-                if len(clean) > PATIENCE or (clean and len(clean) > 1 and clean[-1][1] > least):
-                    break
-            if clean:
-                return next(count for count, drift in clean if drift <= max(SAME * least, least + CLOSE))
+                if count > done and self._clean(self._try("how many neurons", "", self.plan(count)).score):
+                    return count
             done = len(self.candidates)
-            if not self._look_again(self.plan(done, source)):
+            if not self._look_again(self.plan(done)):
                 break
         return done
 
@@ -190,9 +189,10 @@ class TextSearch:
 
     def _winner(self) -> TextTrial:
         """Of the plans that leave no massive token, the one of least drift; of those as good, the smallest."""
-        clean = [trial for trial in self.trials if self._clean(trial.score)]
+        trials = [trial for trial in self.trials if trial.plan.registers]
+        clean = [trial for trial in trials if self._clean(trial.score)]
         if not clean:
-            return min(self.trials, key=lambda trial: (trial.score.left, trial.score.drift))
+            return min(trials, key=lambda trial: (trial.score.left, trial.score.drift))
         least = min(trial.score.drift for trial in clean)
         good = [trial for trial in clean if trial.score.drift <= max(SAME * least, least + CLOSE)]
         return min(good, key=lambda trial: (len(trial.plan.pairs), trial.plan.registers, trial.score.drift))

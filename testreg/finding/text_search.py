@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..runtime.decoders import find_decoder
 from ..runtime.errors import BadText, Harmful, NoOutliers, TestregError, UnsupportedModel
 from ..runtime.fingerprint import describe
-from ..runtime.installer import active
+from ..runtime.guard import acting_in
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower
 from ..text.streams import Texts, digest
@@ -78,7 +78,7 @@ def find_text(
             f"{type(model).__name__} has no head that gives the next token, by which plans are judged: load it with "
             f"transformers.AutoModelForCausalLM."
         )
-    if (acting := active(model)) and acting.plan.language:
+    if acting_in(tower):
         raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     texts = Texts(model, text, tokenizer, length=LENGTH, limit=tokens)
 
@@ -95,18 +95,20 @@ def find_text(
         looked = inspect(model, torch.cat([one.inputs["input_ids"] for one in kept[:LOOKED]]), batch_size=1)
         found = located(model, looked, read)
         ranked, tried, held = (kept[hand::3] for hand in range(3))
+        start = _start(model, tokenizer)
         few = max(1, batch_size // 4)  # logits are many times larger than states
         with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
-            search = TextSearch(
-                model, tower, found, ranked=ranked, tried=tried, start=_start(model, tokenizer), batch_size=few
-            )
+            search = TextSearch(model, tower, found, ranked=ranked, tried=tried, start=start, batch_size=few)
             search.step = bar.update
             plan = search.best()
         guard = TextBench(model, tower, held, found, few)
-        score = guard.score(plan)
+        scores = {"as given": guard.score(plan)}
+        if start is not None:
+            scores["begun otherwise"] = guard.begun_otherwise(plan, start)
         if not force:
-            _refuse_harm(plan, score, guard)
-        return replace(plan, provenance=_told(model, read, found, looked, search, plan, guard, score))
+            for how, score in scores.items():
+                _refuse_harm(plan, score, guard, how)
+        return replace(plan, provenance=_told(model, read, found, looked, search, plan, guard, scores))
 
     with quiet(model):
         return shared(lambda: _read(model, tower, texts, batch_size, progress), decide)
@@ -170,7 +172,7 @@ def _start(model: Any, tokenizer: Any) -> int | None:
     return None
 
 
-def _refuse_harm(plan: RegisterPlan, score: TextScore, guard: TextBench) -> None:
+def _refuse_harm(plan: RegisterPlan, score: TextScore, guard: TextBench, how: str) -> None:
     if score.left > MOST_LEFT * guard.before:
         reason = f"leaves {score.left:.2%} of the tokens massive, of {guard.before:.2%}"
     elif not score.perplexity <= MOST_WORSE * score.unpatched:  # as NaN is not
@@ -181,8 +183,8 @@ def _refuse_harm(plan: RegisterPlan, score: TextScore, guard: TextBench) -> None
     else:
         return
     raise Harmful(
-        f"the best plan ({plan}) {reason}, on text that nothing was chosen on. Give more text, of the kind that the "
-        f"model is for; force=True (--force on the command line) takes the plan as it is."
+        f"the best plan ({plan}) {reason}, on text that nothing was chosen on, {how}. Give more text, of the kind that "
+        f"the model is for; force=True (--force on the command line) takes the plan as it is."
     )
 
 
@@ -194,10 +196,10 @@ def _told(
     search: TextSearch,
     plan: RegisterPlan,
     guard: TextBench,
-    score: TextScore,
+    scores: dict[str, TextScore],
 ) -> dict[str, Any]:
     """A plan's provenance."""
-    share_of = places(search.ranked, found)
+    share_of, score = places(search.ranked, found), scores["as given"]
     return {
         "base": describe(model, plan.neurons, search.tower),
         "text": {
@@ -213,7 +215,11 @@ def _told(
         "trials": [{**trial.summary(), "chosen": trial.plan is plan} for trial in search.trials],
         "before": {"massive": guard.before, "largest": guard.largest, "perplexity": guard.unpatched},
         "after": {"massive": score.left, "largest": score.largest, "perplexity": score.perplexity},
-        "guard": {**asdict(score), "sequences": len(guard.batches), "received": search.received(plan, guard)},
+        "guard": {
+            **{how.replace(" ", "_"): asdict(one) for how, one in scores.items()},
+            "sequences": guard.sequences,
+            "received": search.received(plan, guard),
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

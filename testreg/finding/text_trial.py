@@ -53,23 +53,34 @@ class TextBench:
     def __init__(self, model: nn.Module, tower: Tower, kept: list[Kept], found: Artefact, batch_size: int):
         self.model, self.tower, self.found = model, tower, found
         self.batches = [stack(batch)["input_ids"] for batch in together(kept, batch_size)]
-        self.unpatched, norms = self._run()
+        self.sequences = len(kept)
+        self.unpatched, norms = self._run(self.batches)
         self.before, self.largest = self._left(norms), peak(norms, found.block)
 
     def score(self, plan: RegisterPlan) -> TextScore:
         """What `plan` does."""
-        perplexity, norms = self._run(plan)
+        perplexity, norms = self._run(self.batches, plan)
         return TextScore(perplexity, self.unpatched, self._left(norms), peak(norms, self.found.block))
+
+    def begun_otherwise(self, plan: RegisterPlan, start: int) -> TextScore:
+        """What `plan` does where the same text begins with the token `start`, or without it where it does as it is."""
+        batches = [
+            ids[:, 1:] if bool((ids[:, 0] == start).all()) else torch.cat([torch.full_like(ids[:, :1], start), ids], 1)
+            for ids in self.batches
+        ]
+        unpatched, _ = self._run(batches)
+        perplexity, norms = self._run(batches, plan)
+        return TextScore(perplexity, unpatched, self._left(norms), peak(norms, self.found.block))
 
     def _left(self, norms: Tensor) -> float:
         outliers = self.found.threshold.outliers(norms[:, self.found.block :])  # (sequences, blocks, tokens)
         return float(outliers.float().mean((0, 2)).max())
 
-    def _run(self, plan: RegisterPlan | None = None) -> tuple[float, Tensor]:
+    def _run(self, batches: list[Tensor], plan: RegisterPlan | None = None) -> tuple[float, Tensor]:
         """Perplexity, and norms `(sequences, blocks, tokens)`."""
         losses, tokens, norms = 0.0, 0, []
         with patch(self.model, plan) if plan else nullcontext():
-            for ids in self.batches:
+            for ids in batches:
                 rows: list[Tensor] = []
 
                 def read(index: int, states: Tensor, rows: list[Tensor] = rows) -> None:

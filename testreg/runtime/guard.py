@@ -14,6 +14,7 @@ from torch import nn
 
 from .decoders import towers_of
 from .errors import RegistersLeftOut, TestregError, UnsupportedModel
+from .towers import Tower
 
 PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
 
@@ -25,8 +26,13 @@ def acting(model: nn.Module) -> Any:
 
 def all_acting(model: nn.Module) -> list[Any]:
     """The patches that act on `model`: one on its vision tower, one on its language model."""
-    stacks = (getattr(tower.module, PATCHES, None) for tower in towers_of(model))
-    return [stack[-1] for stack in stacks if stack]
+    return [patch for tower in towers_of(model) if (patch := acting_in(tower)) is not None]
+
+
+def acting_in(tower: Tower) -> Any:
+    """The patch that acts in `tower`, None where there is none."""
+    patches = getattr(tower.module, PATCHES, [])
+    return patches[-1] if patches else None
 
 
 class SavePretrained:

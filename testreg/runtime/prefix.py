@@ -154,8 +154,25 @@ def shifted(relay: Relay) -> list[Forward]:
     return [Later(relay, 0, table) for table in tables(relay.tower)]
 
 
-def measure(tower: Tower, relay: Relay) -> None:
-    """Let every attention with registers show what keys and values it makes of them where they stand."""
+def as_first_tokens(tower: Tower) -> tuple[Tensor, Tensor]:
+    """Keys and values `(blocks, heads, registers, channels)` of the acting registers, for text that comes behind them.
+
+    Registers take the first positions, and the text counts from there on, as where they lie in a cache.
+    """
+    worn: list[Prefixed] = [attention.forward.__self__ for attention in tower.attentions]  # type: ignore[attr-defined]
+    relay = worn[0].relay
+    measure(tower, relay, onward=relay.plan.registers)
+    keys, values = (torch.cat([getattr(one, name).value for one in worn]) for name in ("keys", "values"))
+    measure(tower, relay)
+    return keys, values
+
+
+def measure(tower: Tower, relay: Relay, *, onward: int = 0) -> None:
+    """Let every attention with registers show what keys and values it makes of them where they stand.
+
+    Args:
+        onward: by how many positions they stand further on, where positions are rotary.
+    """
     plan, decoder = relay.plan, tower.module
     if plan.positions == BEFORE and not rotary(tower) and not tables(tower):
         raise UnsupportedModel(
@@ -164,9 +181,10 @@ def measure(tower: Tower, relay: Relay) -> None:
         )
     device = placed_on(tower)
     ids = torch.zeros(1, plan.registers, dtype=torch.long, device=device)
-    start = -plan.registers if plan.positions == BEFORE and rotary(tower) else 0
-    count = torch.arange(plan.registers, device=device)[None] + start
-    where = torch.zeros_like(count) if plan.positions == ON else count  # (1, registers)
+    count = torch.arange(plan.registers, device=device)[None]
+    turning = rotary(tower)
+    where = torch.zeros_like(count) if plan.positions == ON else count - plan.registers * turning  # (1, registers)
+    where = where + onward * turning
     asked = {"position_ids": where} if "position_ids" in inspect.signature(type(decoder).forward).parameters else {}
     relay.measuring = True
     try:

@@ -135,7 +135,8 @@ class StreamingCache(Cache):
     def _turn(self) -> None:
         """Turn all held keys back, so that each text's oldest follows those that stay."""
         back = (self.next - self.real.sum(1) - self.keep).clamp(min=0)  # (batch,)
-        for layer, layout, (cosines, sines) in zip(self.layers, self.layouts, tables(self.tower, -back), strict=True):
+        held: Any = self.layers
+        for layer, layout, (cosines, sines) in zip(held, self.layouts, tables(self.tower, -back), strict=True):
             layer.keys = layout.turn(layer.keys, cosines.to(layer.keys.device), sines.to(layer.keys.device))
         self.next, self.at = self.next - back, self.keep + self.real.shape[1]
 
@@ -184,6 +185,9 @@ class StreamingLayer(CacheLayerMixin):
         self.cache = cache
         self.first_keys: Tensor | None = None
         self.first_values: Tensor | None = None
+
+    keys: Any
+    values: Any
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
