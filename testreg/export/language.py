@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checkpoints.atomic import replacing
 from ..checkpoints.card import metadata
 from ..checkpoints.saving import PROCESSOR, free, source_files
-from ..runtime.decoders import matrix
+from ..runtime.decoders import is_linear, matrix
 from ..runtime.errors import Harmful, TestregError, UnsupportedModel
 from ..runtime.fingerprint import name
 from ..runtime.guard import acting_in
