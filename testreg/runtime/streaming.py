@@ -1,8 +1,8 @@
 """`StreamingCache`: text without end in constant memory. The registers stay, the last tokens stay, all else goes.
 
 Positions are counted in the cache, not in the text: when they come near the end of what the model was trained on, all
-keys are turned back at once, from float32 tables, and counting goes on from there. A key lives for one window, so it is
-turned a few times at most, and nothing drifts.
+keys are turned back at once, in float32, and counting goes on from there. A key lives for one window, so it is turned
+a few times at most, and nothing drifts. What stays of a text (`keep`) is turned from where it was written each time.
 
 Relatives: StreamingLLM (arXiv 2309.17453), which keeps the first tokens of the text; `keep=4` is that.
 """
@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .decoders import find_decoder
 from .errors import TestregError, UnsupportedModel
-from .guard import PATCHES
+from .guard import acting_in
 from .prefix import FILLED
 from .towers import Tower
-from .turning import layouts, refused, tables
+from .turning import Turning, trained, turnings
 
 SPAN = 4  # windows that positions reach over before keys are turned back
 
@@ -34,8 +34,9 @@ class StreamingCache(Cache):
     Args:
         model: a causal language model with rotary positions; its patch, if any, has to be on now.
         window: tokens, at most half of what the model was trained on.
-        keep: tokens from the beginning of each text that stay too. By default none where the model has registers; a
-            model without them needs a number: 4 = StreamingLLM, 0 = a window alone.
+        keep: tokens from the beginning of each text that stay too, right before the window, as in StreamingLLM, which
+            has 4. By default none where the model has registers; a model without them needs a number: 0 = a window
+            alone.
 
     Raises:
         TestregError: the model has no registers and `keep` is not given, or the window is out of range.
@@ -46,40 +47,38 @@ class StreamingCache(Cache):
 
     def __init__(self, model: Any, window: int, *, keep: int | None = None):
         tower = find_decoder(model)
-        stack = tower.module.__dict__.get(PATCHES)
-        plan = stack[-1].plan if stack else None
-        if keep is None and not (plan and plan.registers):
+        acting = acting_in(tower)
+        registers = acting.plan.registers if acting else 0
+        if keep is None and not registers:
             raise TestregError(
                 f"{type(model).__name__} has no registers that could stay: testreg.patch(model, plan) first, or "
                 f"say how many tokens of the text stay: keep=4 is StreamingLLM."
             )
-        longest = _trained(tower)
-        registers = plan.registers if plan else 0
+        longest = trained(tower)
         for name, value, least, most in (
             ("window", window, max(2, registers), longest // 2),
             ("keep", keep or 0, 0, longest // 4),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise TestregError(
-                    f"{name} must be a whole number from {least} (it holds no fewer tokens than there are registers) "
-                    f"to {most} ({type(tower.module).__name__} was trained on {longest} positions), not {value!r:.50}."
+                    f"{name} must be a whole number from {least} (no fewer tokens than there are registers) to {most} "
+                    f"({type(tower.module).__name__} was trained on {longest} positions), not {value!r:.50}."
                 )
-        self.tower, self.window, self.keep = tower, window, keep or 0
+        self.window, self.keep = window, keep or 0
         self.limit = min(longest, self.keep + SPAN * window)
-        self.layouts = layouts(tower)
-        super().__init__(layers=[StreamingLayer(self) for _ in tower.blocks])
-        if plan is not None:
-            setattr(self, FILLED, plan.digest)
+        super().__init__(layers=[StreamingLayer(self, turning) for turning in turnings(tower, longest)])
+        setattr(self, FILLED, acting.plan.digest if acting else None)
         self._begin()
         if not isinstance(getattr(tower.module.__dict__.get("forward"), "__self__", None), Pieces):
-            tower.module.forward = Pieces(tower.module).forward
+            tower.module.forward = Pieces(tower).forward
 
     def _begin(self) -> None:
         self.seen = self.at = 0  # tokens so far; the next position, where nothing is padding
         self.next = torch.zeros(0, dtype=torch.long)  # (batch,) each text's next position
         self.real = torch.zeros(0, 0, dtype=torch.bool)  # (batch, held tokens)
         self.settled = False  # whether the tokens that stay are parted from the others
-        self.start, self.head = 0, torch.empty(0)  # how layers cut what they hold after this call
+        self.onward = self.next  # (batch,) how much further on these stand than where they were written
+        self.start, self.first = 0, torch.empty(0)  # how layers cut what they hold after this call
 
     def enter(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Make room for tokens `(batch, tokens, ...)`.
@@ -108,36 +107,44 @@ class StreamingCache(Cache):
         key = torch.arange(held + count, device=tokens.device)[None]
         visible = ((key <= query) & (query - key < self.window))[None] & real[:, None]  # (batch, tokens, keys)
         if self.keep and not self.settled:
-            first = real & (real.cumsum(1) <= self.keep)
-            visible = visible | ((key <= query)[None] & first[:, None])
+            visible = visible | ((key <= query)[None] & self._first(real)[:, None])
         visible = visible | (key == query)  # padding sees itself, since a softmax over nothing is no number
         if self.settled:
             visible = nn.functional.pad(visible, (self.keep, 0), value=True)
+            self.onward = self.next - self.real.sum(1) - self.keep
         self.next = self.next + new.sum(1)
         self.at += count
         self._cut(real)
         return positions, visible[:, None]
 
+    def _first(self, real: Tensor) -> Tensor:
+        """Which tokens stay `(batch, tokens)`."""
+        return real & (real.cumsum(1) <= self.keep)
+
     def _cut(self, real: Tensor) -> None:
         """What layers hold after this call: the last tokens, and those that stay."""
-        total, self.head = real.shape[1], torch.empty(0)
+        total, self.first = real.shape[1], torch.empty(0)
         self.start = max(0, total - (self.window - 1))
         if self.keep and not self.settled:
-            if total <= self.keep + self.window - 1:
+            if total <= self.keep + self.window - 1 or int(real.sum(1).min()) < self.keep:
                 self.start = 0
+                if total > self.limit:
+                    raise TestregError(
+                        f"a text of the batch has fewer than the {self.keep} tokens that stay, and another has {total}: "
+                        f"read them apart."
+                    )
             else:
-                begin = real.long().argmax(1, keepdim=True)  # (batch, 1)
-                self.head = (begin + torch.arange(self.keep, device=real.device)).clamp(max=total - 1)
-                real = real & (torch.arange(total, device=real.device)[None] >= begin + self.keep)
-                self.settled = True
+                first = self._first(real)
+                self.first = first.nonzero()[:, 1].view(-1, self.keep)  # (batch, tokens that stay)
+                real, self.settled = real & ~first, True
         self.real = real[:, self.start :]
 
     def _turn(self) -> None:
         """Turn all held keys back, so that each text's oldest follows those that stay."""
         back = (self.next - self.real.sum(1) - self.keep).clamp(min=0)  # (batch,)
-        held: Any = self.layers
-        for layer, layout, (cosines, sines) in zip(held, self.layouts, tables(self.tower, -back), strict=True):
-            layer.keys = layout.turn(layer.keys, cosines.to(layer.keys.device), sines.to(layer.keys.device))
+        layers: Any = self.layers
+        for layer in layers:
+            layer.keys = layer.turning.turn(layer.keys, -back)
         self.next, self.at = self.next - back, self.keep + self.real.shape[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -179,15 +186,14 @@ class StreamingLayer(CacheLayerMixin):
     """One block's keys and values `(batch, heads, tokens, channels)`; `first_...` of the tokens that stay."""
 
     is_sliding = False
-
-    def __init__(self, cache: StreamingCache):
-        super().__init__()
-        self.cache = cache
-        self.first_keys: Tensor | None = None
-        self.first_values: Tensor | None = None
-
     keys: Any
     values: Any
+
+    def __init__(self, cache: StreamingCache, turning: Turning):
+        super().__init__()
+        self.cache, self.turning = cache, turning
+        self.first_keys: Tensor | None = None
+        self.first_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
@@ -198,13 +204,15 @@ class StreamingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
-        self.keys, self.values = keys[..., self.cache.start :, :], values[..., self.cache.start :, :]
-        if self.cache.head.numel():
-            self.first_keys, self.first_values = _at(keys, self.cache.head), _at(values, self.cache.head)
+        # Clones, or a view of the window would hold the whole prompt.
+        self.keys, self.values = (held[..., self.cache.start :, :].clone() for held in (keys, values))
+        if self.cache.first.numel():
+            self.first_keys, self.first_values = _at(keys, self.cache.first), _at(values, self.cache.first)
             return keys, values
         if self.first_keys is None or self.first_values is None:
             return keys, values
-        return torch.cat([self.first_keys, keys], -2), torch.cat([self.first_values, values], -2)
+        first = self.turning.turn(self.first_keys, self.cache.onward)
+        return torch.cat([first, keys], -2), torch.cat([self.first_values, values], -2)
 
     def reset(self) -> None:
         self.keys = self.values = self.first_keys = self.first_values = None
@@ -221,16 +229,27 @@ class StreamingLayer(CacheLayerMixin):
 
 
 class Pieces:
-    """A decoder's forward that reads text into a `StreamingCache` piece by piece; with any other cache, its own."""
+    """A decoder's forward that reads text into a `StreamingCache` piece by piece; with any other cache, its own.
 
-    def __init__(self, module: Any):
-        self.module, self.before = module, module.__dict__.get("forward")
+    It stays on the model, where it does nothing without such a cache.
+    """
+
+    def __init__(self, tower: Tower):
+        self.tower: Tower = tower
+        self.module: Any = tower.module
+        self.before = tower.module.__dict__.get("forward")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original = self.before or type(self.module).forward.__get__(self.module)
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, StreamingCache):
             return original(*args, **kwargs)
+        acting = acting_in(self.tower)
+        if getattr(cache, FILLED) != (acting.plan.digest if acting else None):
+            raise TestregError(
+                "the model has other registers now than when this StreamingCache was made, so that its keys do not go "
+                "with them: make another one."
+            )
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         if args:
             kwargs, args = {**kwargs, name: args[0]}, args[1:]
@@ -279,19 +298,6 @@ def _whole(outputs: list[Any]) -> Any:
             rows = zip(*(output[key] for output in outputs), strict=True)
             first[key] = tuple(torch.cat(row, dim=1) for row in rows)
     return first
-
-
-def _trained(tower: Tower) -> int:
-    """How many positions the model was trained on."""
-    config = tower.module.config
-    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    rope = getattr(config, "rope_parameters", None) or {}
-    longest = getattr(config, "max_position_embeddings", None)
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # their frequencies change beyond
-        longest = rope.get("original_max_position_embeddings") or longest
-    if not isinstance(longest, int):
-        raise refused(tower, "its config does not say how many positions it was trained on")
-    return min(longest, 2 * sliding) if isinstance(sliding, int) else longest
 
 
 def _at(held: Tensor, where: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .errors import UnsupportedModel
 from .prefix import Recorder, cache_name_of, placed_on
 from .towers import Tower
 
-AT, ONWARD = 3, 5  # a position, and a distance, that tell layouts apart
+AT, NEAR, FAR = 3, 5, 0.75  # a position, and two distances (one as a share of the whole) that tell layouts apart
 
 
 @dataclass(frozen=True)
@@ -50,34 +50,65 @@ class Layout:
 LAYOUTS = tuple(Layout(halves, last) for halves in (True, False) for last in (False, True))
 
 
-def tables(tower: Tower, distances: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For every block, cosines and sines `(batch, 1, pairs)` that turn by `distances` `(batch,)`.
+@dataclass(frozen=True)
+class Turning:
+    """How the keys of one block turn.
 
-    Raises:
-        UnsupportedModel: the model's attention gets no tables.
+    Attributes:
+        frequencies: radians per position `(pairs,)`, in double precision.
     """
-    return [_pairs(tower, given) for given, _, _ in _shown(tower, distances[:, None])]
+
+    layout: Layout
+    frequencies: Tensor
+
+    def turn(self, keys: Tensor, distances: Tensor) -> Tensor:
+        """Keys `(batch, heads, tokens, channels)` at positions that are greater by `distances` `(batch,)`."""
+        angles = distances.to(keys.device).double()[:, None, None] * self.frequencies.to(keys.device)
+        return self.layout.turn(keys, angles.cos(), angles.sin())  # tables (batch, 1, pairs)
 
 
-def layouts(tower: Tower) -> list[Layout]:
-    """Each block's layout: the one that takes its keys at one position to those at another.
+def turnings(tower: Tower, longest: int) -> list[Turning]:
+    """Each block's: the one that takes its keys at one position to those at another, near by and far away.
+
+    Args:
+        longest: how far positions reach.
 
     Raises:
         UnsupportedModel: none does.
     """
-    here, there = (_shown(tower, torch.tensor([[at]])) for at in (AT, AT + ONWARD))
-    by = tables(tower, torch.tensor([ONWARD]))
+    far = max(NEAR + 1, int(FAR * longest) - AT)
+    one, here, near, there = (_shown(tower, torch.tensor([[at]])) for at in (1, AT, AT + NEAR, AT + far))
     found = []
-    for index, ((_, keys, _), (_, wanted, _), (cosines, sines)) in enumerate(zip(here, there, by, strict=True)):
-        fitting = [
-            layout
-            for layout in LAYOUTS
-            if 2 * cosines.shape[-1] <= keys.shape[-1] and _same(layout.turn(keys, cosines, sines), wanted)
-        ]
-        if not fitting:
+    for index, (given, _) in enumerate(one):
+        cosines, sines = _pairs(tower, given)
+        frequencies = torch.atan2(
+            sines.double(), cosines.double()
+        ).flatten()  # a turn by one position is less than half
+        options = (Turning(layout, frequencies) for layout in LAYOUTS)
+        keys, *wanted = (shown[index][1] for shown in (here, near, there))
+        for option in options:
+            if 2 * len(frequencies) > keys.shape[-1] or not _same(option.turn(keys, torch.tensor([NEAR])), wanted[0]):
+                continue
+            if not _same(option.turn(keys, torch.tensor([far])), wanted[1]):
+                raise refused(tower, f"in block {index} a turn by {far} positions is not {far} turns by one")
+            found.append(option)
+            break
+        else:
             raise refused(tower, f"its keys in block {index} do not turn as rotary ones do")
-        found.append(fitting[0])
     return found
+
+
+def trained(tower: Tower) -> int:
+    """How many positions the model was trained on."""
+    config = tower.module.config
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    rope = getattr(config, "rope_parameters", None) or {}
+    longest = getattr(config, "max_position_embeddings", None)
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # their frequencies change beyond
+        longest = rope.get("original_max_position_embeddings") or longest
+    if not isinstance(longest, int):
+        raise refused(tower, "its config does not say how many positions it was trained on")
+    return min(longest, 2 * sliding) if isinstance(sliding, int) else longest
 
 
 def refused(tower: Tower, reason: str) -> UnsupportedModel:
@@ -93,11 +124,11 @@ def refused(tower: Tower, reason: str) -> UnsupportedModel:
 def _same(keys: Tensor, wanted: Tensor) -> bool:
     scale = wanted.float().abs().max().clamp(min=1e-6)
     coarse = torch.finfo(wanted.dtype).eps * 8
-    return bool(((keys.float() - wanted.float()).abs().max() / scale) <= max(1e-4, coarse))
+    return bool(((keys.float() - wanted.float()).abs().max() / scale) <= max(2e-3, coarse))  # tables are of float32
 
 
-def _shown(tower: Tower, positions: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
-    """For every block, the tables that its attention is given at `positions`, and the keys and values that it makes.
+def _shown(tower: Tower, positions: Tensor) -> list[tuple[Any, Tensor]]:
+    """For every block, the tables that its attention is given at `positions`, and the keys that it makes.
 
     The tokens are dummies, the same at all positions, in the first block; later blocks have what follows from them.
     """
@@ -128,7 +159,7 @@ def _shown(tower: Tower, positions: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    return [(seen[index], recorder.keys, recorder.values) for index, recorder in enumerate(recorders)]
+    return [(seen[index], recorder.keys) for index, recorder in enumerate(recorders)]
 
 
 def _dummies(tower: Tower, positions: Tensor) -> Tensor:
