@@ -106,7 +106,7 @@ class Attention(Forward):
         row, plan = relay.tower.row, relay.plan
         self.masks, self.rope, self.segments = row.masks, row.rope, row.segments
         self.positions = row.positions if row.positions in self.names else None
-        self.growing = {*row.masks, row.rope}
+        self.growing = tuple(name for name in (*row.masks, row.rope) if name)
         self.padded = plan.form == "dynamic" and index in plan.neurons
         self.inverted = isinstance(module, nn.MultiheadAttention)  # its masks of booleans say who may not attend
 
@@ -126,7 +126,7 @@ class Attention(Forward):
 
     def _grown(self, registers: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original's output for tokens that have registers in front, which its other arguments do not know of."""
-        if len(args) > 1 or self.positions or not self.growing.isdisjoint(kwargs):
+        if len(args) > 1 or self.positions or any(kwargs.get(name) is not None for name in self.growing):
             args, kwargs = self._told(registers, *args, **kwargs)
         output = self.original(*args, **kwargs)
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
@@ -167,7 +167,8 @@ class Rows(Attention):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
-        self.relay.here.acted |= ATTENTION
+        here = self.relay.here
+        here.acted |= ATTENTION
         first = args[0] if args else kwargs[self.names[0]]  # (batch, tokens, channels)
         if self.shared and kwargs.get("cu_seq_lens_q") is not None:
             raise UnsupportedModel(
@@ -180,21 +181,22 @@ class Rows(Attention):
                 f"not (batch, tokens, channels), so that no row can be put in front of its tokens: take another form."
             )
         turned = self.relay.tower.turned
-        rows = self.start.like(first, self.relay.count(turned(first).shape[1]))
-        registers, joined = rows.shape[1], turned(redirect.join(rows, turned(first)))
-        self.relay.here.registers = registers  # for a position bias that is made inside
+        tokens = turned(first)
+        rows = self.start.like(first, self.relay.count(tokens.shape[1]))
+        registers, joined = rows.shape[1], turned(redirect.join(rows, tokens))
+        here.registers = registers  # for a position bias that is made inside
         # Where queries, keys and values come one by one, they are the same tensor, as attention to oneself has it.
         args = tuple(joined if value is first else value for value in args)
         kwargs = {name: joined if value is first else value for name, value in kwargs.items()}
         try:
             output = self._grown(registers, args, kwargs)
         finally:
-            self.relay.here.registers = 0
+            here.registers = 0
         full, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if self.relay.record is not None:
             self.relay.record.registers[self.index] = turned(full)[:, :registers]
-        tokens = turned(turned(full)[:, registers:])  # (batch, tokens, channels)
-        return tokens if rest is None else (tokens, *rest)
+        left = turned(turned(full)[:, registers:])  # (batch, tokens, channels)
+        return left if rest is None else (left, *rest)
 
 
 class PackedRows(Rows):

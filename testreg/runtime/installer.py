@@ -145,7 +145,8 @@ class Patch:
     def _still(self, worn: Forward, blocks: tuple[nn.Module, ...]) -> bool:
         """Whether a module is where it was, and nobody gave it back the forward that it had."""
         now = worn.module.__dict__.get("forward")
-        if now != worn.forward and (now is None or now == worn.before or _own(now, worn.module)):
+        ours = getattr(now, "__self__", None) is worn
+        if not ours and (now is None or now == worn.before or _own(now, worn.module)):
             return False
         if worn.path is None:
             return True
@@ -223,13 +224,17 @@ class Patch:
     def _before(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return  # a compiler guards what it read, and reads it anew when that is exchanged
-        if module is self.tower.module:
-            self._relay.here.passed = False
-        self.follow()
+        here, whole = self._relay.here, module is self.tower.module
+        if whole:
+            here.passed = False
+        if whole or not here.followed:  # blocks may be run without their tower
+            self.follow()
+        here.followed = whole
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         here = self._relay.here
         here.waiting = here.bias = here.shared = None
+        here.followed = False
         if torch.compiler.is_compiling() or here.passed or output is None or not self._worn:
             return
         raise TestregError(

@@ -40,6 +40,7 @@ class Here:
         block: the block that runs, None between blocks.
         registers: how many are in front of the tokens inside it.
         passed: whether a block ran in this pass.
+        followed: whether its tower looked for exchanged modules before this pass.
         acted: which of ATTENTION and NEURONS did so in it.
         real: which tokens are not padding, from the attention to the MLP.
         shared: the position bias of all blocks.
@@ -50,6 +51,7 @@ class Here:
     block: int | None = None
     registers: int = 0
     passed: bool = False
+    followed: bool = False
     acted: int = 0
     real: Tensor | None = None
     shared: Tensor | None = None
@@ -140,13 +142,13 @@ class Start:
             state, self.seed = plan.state if block is None else plan.state[block], None
         self.alike = bool((state == state[:1]).all())
         self.whole = plan.law is None
-        self.state = Placed(state[:1] if self.alike else state)
+        self.state = Placed((state[:1] if self.alike and not self.whole else state)[None])
 
     def like(self, tokens: Tensor, count: Any) -> Tensor:
         """Registers `(1, count, channels)` in the device and dtype of `tokens`."""
-        state = self.state.like(tokens)  # (registers or 1, channels)
-        rows = state.expand(count, -1) if self.alike else state if self.whole else redirect.dealt(state, count)
-        rows = rows[None]  # (1, count, channels)
+        rows = self.state.like(tokens)  # (1, registers or 1, channels)
+        if not self.whole:
+            rows = rows.expand(-1, count, -1) if self.alike else redirect.dealt(rows[0], count)[None]
         return rows if self.seed is None else self.seed.forward(rows)  # as no module: nobody's hooks should count it
 
 
