@@ -20,7 +20,7 @@ from ..runtime.fingerprint import describe
 from ..runtime.guard import acting_in
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower
-from ..text.streams import Texts, digest
+from ..text.streams import Texts, digest, start_of
 from ..text.tokens import check as check_ids
 from .detect import Artefact, largest_ratio, table
 from .language import inspect
@@ -95,7 +95,7 @@ def find_text(
         looked = inspect(model, torch.cat([one.inputs["input_ids"] for one in kept[:LOOKED]]), batch_size=1)
         found = located(model, looked, read)
         ranked, tried, held = (kept[hand::3] for hand in range(3))
-        start = _start(model, tokenizer)
+        start = start_of(model, tokenizer)
         few = max(1, batch_size // 4)  # logits are many times larger than states
         with tqdm(desc="plans tried", unit="", disable=not progress) as bar:
             search = TextSearch(model, tower, found, ranked=ranked, tried=tried, start=start, batch_size=few)
@@ -160,16 +160,6 @@ def _read(model: nn.Module, tower: Tower, texts: Texts, batch_size: int, progres
 
     norms, sample = scan_text(model, tower, batches())
     return Read(norms, sample, names)
-
-
-def _start(model: Any, tokenizer: Any) -> int | None:
-    """The token that a text of the model begins with, by its tokenizer or its config."""
-    known = model.get_input_embeddings().num_embeddings
-    for source in (tokenizer, model.config.get_text_config(), getattr(model, "generation_config", None)):
-        token = getattr(source, "bos_token_id", None)
-        if isinstance(token, int) and 0 <= token < known:
-            return token
-    return None
 
 
 def _refuse_harm(plan: RegisterPlan, score: TextScore, guard: TextBench, how: str) -> None:

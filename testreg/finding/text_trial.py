@@ -87,22 +87,22 @@ class TextBench:
                     rows.append(torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32).cpu())
 
                 with outputs(self.tower, read):
-                    loss, count = surprise(self.model, ids)
-                losses, tokens = losses + loss, tokens + count
+                    found = losses_of(self.model, ids)
+                losses, tokens = losses + float(found.double().sum()), tokens + found.numel()
                 norms.append(torch.stack(rows, dim=1))
         return perplexity_of(losses, tokens), torch.cat(norms)
 
 
-def surprise(model: Any, ids: Tensor, **more: Any) -> tuple[float, int]:
-    """Negative log likelihood of ids `(sequences, tokens)`, each after the first given those before, and how many."""
+def losses_of(model: Any, ids: Tensor) -> Tensor:
+    """Negative log likelihood `(sequences, tokens - 1)`, in nats, of ids `(sequences, tokens)` given those before."""
     ids = ids.to(model.get_input_embeddings().weight.device)
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, **more).logits[:, :-1]  # (sequences, tokens - 1, words)
-    losses = [
-        nn.functional.cross_entropy(row.float(), answer, reduction="sum")
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (sequences, tokens - 1, words)
+    rows = [
+        nn.functional.cross_entropy(row.float(), answer, reduction="none")
         for row, answer in zip(logits, ids[:, 1:], strict=True)
     ]
-    return float(torch.stack(losses).sum()), ids[:, 1:].numel()
+    return torch.stack(rows).cpu()
 
 
 def perplexity_of(losses: float, tokens: int) -> float:

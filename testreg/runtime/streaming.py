@@ -130,8 +130,8 @@ class StreamingCache(Cache):
                 self.start = 0
                 if total > self.limit:
                     raise TestregError(
-                        f"a text of the batch has fewer than the {self.keep} tokens that stay, and another has {total}: "
-                        f"read them apart."
+                        f"a text of the batch has fewer than the {self.keep} tokens that stay, and another has "
+                        f"{total}: read them apart."
                     )
             else:
                 first = self._first(real)

@@ -95,6 +95,16 @@ class Texts:
         return ids[:1] if ids and ids[0] == self.tokenizer.bos_token_id else []
 
 
+def start_of(model: Any, tokenizer: Any) -> int | None:
+    """The token that a text of the model begins with, by its tokenizer or its config."""
+    known = model.get_input_embeddings().num_embeddings
+    for source in (tokenizer, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        token = getattr(source, "bos_token_id", None)
+        if isinstance(token, int) and 0 <= token < known:
+            return token
+    return None
+
+
 def digest(sequence: Tensor) -> str:
     """SHA-256 of a sequence's ids."""
     return hashlib.sha256(sequence.long().contiguous().numpy().tobytes()).hexdigest()

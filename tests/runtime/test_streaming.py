@@ -1,6 +1,7 @@
 """Text without end, held against one forward pass under a mask that shows every token its window alone."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,11 +23,42 @@ def logits(model, ids, **more):
     return model(input_ids=ids, **more).logits
 
 
-def banded(model, ids, window=WINDOW):
-    """Logits where every token sees the last `window` ones, positions counted from the beginning."""
+def banded(model, ids, window=WINDOW, shift=0):
+    """Logits where every token sees the last `window` ones, positions counted from `-shift` on."""
     at = torch.arange(ids.shape[1])
     near = (at[:, None] >= at) & (at[:, None] - at < window)
-    return logits(model, ids, attention_mask=near[None, None].expand(len(ids), 1, -1, -1), use_cache=False)
+    near, where = near[None, None].expand(len(ids), 1, -1, -1), (at - shift).expand(len(ids), -1)
+    if model.config._attn_implementation == "eager":
+        near = torch.zeros(near.shape).masked_fill(~near, torch.finfo(torch.float32).min)
+    return logits(model, ids, attention_mask=near, position_ids=where, use_cache=False)
+
+
+def late(model):
+    """A plan whose register is in the last block alone, so that one pass tells what any token makes of its distance."""
+    return start_plan(model, entry=len(find_decoder(model).blocks) - 1)
+
+
+class Spied(StreamingCache):
+    """Tells where the tokens were put, `where` `(batch, tokens)`, and how often keys were turned."""
+
+    turns, where = 0, None
+
+    def enter(self, *args):
+        positions, visible = super().enter(*args)
+        self.where = positions if self.where is None else torch.cat([self.where, positions], dim=1)
+        return positions, visible
+
+    def _turn(self):
+        self.turns += 1
+        super()._turn()
+
+
+def as_spied(model, ids, cache, row=0, pads=0):
+    """Logits of texts without their padding, by one pass for each distance that the register had."""
+    where = cache.where[row, pads:]
+    shifts = torch.arange(len(where)) - where
+    whole = {shift: banded(model, ids, cache.window, shift) for shift in set(shifts.tolist())}
+    return torch.stack([whole[shift][:, at] for at, shift in enumerate(shifts.tolist())], dim=1)
 
 
 def one_block(**more):
@@ -40,140 +72,136 @@ def one_block(**more):
     return model
 
 
-def in_pieces(model, ids, sizes, cache=None, **more):
-    cache = StreamingCache(model, window=WINDOW, **more) if cache is None else cache
+def in_pieces(model, ids, sizes, **more):
+    return read_into(Spied(model, window=WINDOW, **more), model, ids, sizes)
+
+
+def read_into(cache, model, ids, sizes):
     return torch.cat([logits(model, piece, past_key_values=cache) for piece in ids.split(sizes, dim=1)], dim=1)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in LEARNED])
 def test_every_family_reads_on(name):
     model, ids = built(name), text(tokens=90)
-    with testreg.patch(model, start_plan(model)):
-        found = in_pieces(model, ids, [20, 1, 1, 5, 40, 1, 22])  # keys are turned twice at least
-        assert found == pytest.approx(banded(model, ids), abs=2e-4)
-    assert (found - logits(model, ids)).abs().max() > 0.1
+    alone = in_pieces(model, ids, [20, 1, 1, 5, 40, 1, 22], keep=0)
+    assert alone == pytest.approx(banded(model, ids), abs=2e-4)
+    with testreg.patch(model, late(model)):
+        cache = Spied(model, window=WINDOW)
+        found = read_into(cache, model, ids, [20, 1, 1, 5, 40, 1, 22])
+        assert cache.turns >= 2
+        assert found == pytest.approx(as_spied(model, ids, cache), abs=2e-4)
+    assert (found - alone).abs().max() > 0.05
 
 
 def test_queries_go_where_the_keys_have_gone():
     """The retired cache left the query at its old position, a gap behind the last key."""
     model, ids = built("llama"), text(tokens=200)
-    with testreg.patch(model, start_plan(model)):
-        cache = StreamingCache(model, window=WINDOW)
-        found, turns, last = [], 0, -1
-        for token in ids.split(1, dim=1):
-            found.append(logits(model, token, past_key_values=cache))
-            turns += int(cache.next[0]) <= last
-            last = int(cache.next[0])
-        assert turns > 5
-        assert torch.cat(found, 1) == pytest.approx(banded(model, ids), abs=2e-4)
+    with testreg.patch(model, late(model)):
+        cache = Spied(model, window=WINDOW)
+        found = read_into(cache, model, ids, [1] * 200)
+        assert cache.turns > 5
+        assert found == pytest.approx(as_spied(model, ids, cache), abs=2e-4)
+    steps = cache.where.diff()
+    assert ((steps == 1) | (steps < -WINDOW)).all()
 
 
 @pytest.mark.parametrize("sizes", [[100], [3, 97], [8, 8, 84], [1] * 100, [50, 1, 49]])
 def test_prompts_longer_and_shorter_than_the_window(sizes):
     model, ids = built("llama"), text(tokens=100)
-    with testreg.patch(model, start_plan(model)):
-        assert in_pieces(model, ids, sizes) == pytest.approx(banded(model, ids), abs=2e-4)
+    with testreg.patch(model, late(model)):
+        cache = Spied(model, window=WINDOW)
+        found = read_into(cache, model, ids, sizes)
+        assert found == pytest.approx(as_spied(model, ids, cache), abs=2e-4)
+    assert cache.turns > 1
 
 
-def test_a_prompt_shorter_than_what_stays():
+@pytest.mark.parametrize("sizes", [[2, 1, 57], [1] * 60, [60], [3, 3, 54]])
+def test_a_prompt_shorter_than_what_stays(sizes):
+    """Up to as many tokens as fit, all is as without a window."""
     model, ids = built("llama"), text(tokens=60)
-    whole = in_pieces(model, ids, [1] * 60, keep=4)
-    assert in_pieces(model, ids, [2, 1, 57 // 3, 57 // 3, 57 // 3], keep=4)[:, :3] == pytest.approx(
-        whole[:, :3], abs=2e-5
-    )
+    found = in_pieces(model, ids, sizes, keep=4)
+    assert found[:, :WINDOW] == pytest.approx(logits(model, ids)[:, :WINDOW], abs=2e-4)
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_are_as_long_as_the_keys(attention):
     model, ids = built("llama"), text(tokens=60)
-    plan = start_plan(model)
-    plan = testreg.RegisterPlan({}, 2, 0, plan.state.expand(-1, 2, -1), positions="before")
+    plan = late(model)
+    plan = testreg.RegisterPlan({}, 2, plan.entry, plan.state.expand(-1, 2, -1), positions="before")
     model.set_attn_implementation(attention)
     with testreg.patch(model, plan):
-        cache = StreamingCache(model, window=WINDOW)
+        cache = Spied(model, window=WINDOW)
         at, found = 0, []
         for size in (5, 1, 30, 1, 23):
             given = torch.ones(2, at + size, dtype=torch.long)  # as long as the text, as generate gives it
             found.append(logits(model, ids[:, at : at + size], attention_mask=given, past_key_values=cache))
             at += size
         model.set_attn_implementation("sdpa")
-        assert torch.cat(found, 1) == pytest.approx(banded(model, ids), abs=2e-4)
+        assert torch.cat(found, 1) == pytest.approx(as_spied(model, ids, cache), abs=2e-4)
 
 
 def test_half_precision_over_ten_thousand_turns():
-    """Keys that are turned to and fro for ever drift; these live for a window."""
+    """Keys that are turned to and fro for ever drift; these live for a window, whatever came before."""
     model = one_block().to(torch.bfloat16)
-    plan = start_plan(model)
-    ids = torch.randint(0, 60, (1, 10_000 * WINDOW), generator=torch.Generator().manual_seed(0))
-    turns = 0
-    with testreg.patch(model, plan):
-        cache = StreamingCache(model, window=WINDOW)
-        cache.limit = 2 * WINDOW  # every piece turns
-        turn = cache._turn
-
-        def counted():
-            nonlocal turns
-            turns += 1
-            turn()
-
-        cache._turn = counted
-        with torch.no_grad():
-            states = model.model(input_ids=ids, past_key_values=cache).last_hidden_state
-            fresh = model.model(input_ids=ids[:, -2 * WINDOW :], use_cache=False).last_hidden_state
-        assert turns > 9_990
-        wanted = banded(model.float(), ids[:, -40:])[:, -WINDOW:]
-        model.to(torch.bfloat16)
-        found = model.lm_head(states[:, -WINDOW:]).float()
-    assert states.isfinite().all()
-    assert fresh.isfinite().all()
-    early = model.lm_head(states[:, 40 - WINDOW : 40]).float()
-    with testreg.patch(model.float(), plan):
-        before = banded(model, ids[:, :40])[:, -WINDOW:]
-    assert (found - wanted).abs().max() < 2 * (early - before).abs().max() + 0.05
+    last = torch.randint(0, 60, (1, 3 * WINDOW), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 60, (1, 10_000 * WINDOW), generator=torch.Generator().manual_seed(1))
+    with testreg.patch(model, start_plan(model)), torch.no_grad():
+        caches = [Spied(model, window=WINDOW) for _ in range(2)]
+        states = []
+        for cache, text_ in zip(
+            caches, (torch.cat([ids, last], 1), torch.cat([ids[:, : 8 * WINDOW], last], 1)), strict=True
+        ):
+            cache.limit = 2 * WINDOW  # every piece turns
+            states.append(model.model(input_ids=text_, past_key_values=cache).last_hidden_state[:, -WINDOW:])
+    assert caches[0].turns > 10_000
+    assert caches[1].turns < 12
+    assert states[0].isfinite().all()
+    assert torch.equal(states[0], states[1])
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_chat_goes_on_from_a_filled_cache(padded):
     model = built("llama")
     more = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
-    with testreg.patch(model, start_plan(model)):
-        cache = StreamingCache(model, window=WINDOW)
+    with testreg.patch(model, late(model)):
+        cache = Spied(model, window=WINDOW)
         ids, mask = text(2, 6), torch.ones(2, 6, dtype=torch.long)
         if padded:
             ids[0, :2], mask[0, :2] = PAD, 0
-        for turn in range(4):
+        for turn in range(6):
             said = model.generate(ids, attention_mask=mask, past_key_values=cache, **more)
             mask = torch.cat([mask, torch.ones(2, said.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-            for row, pads in ((0, 2 if padded else 0), (1, 0)):  # each text alone, from the beginning
-                alone = said[row : row + 1, pads:-1]
-                steps = in_pieces(model, alone, [alone.shape[1]]).argmax(-1)[:, -7:]
-                assert torch.equal(steps, said[row : row + 1, -7:])
+            for row, pads in ((0, 2 if padded else 0), (1, 0)):
+                wanted = as_spied(model, said[row : row + 1, pads:-1], cache, row, pads).argmax(-1)
+                assert torch.equal(wanted[:, -7:], said[row : row + 1, -7:])
             ids = torch.cat([said, text(2, 5, seed=turn + 1)], 1)
             mask = torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], 1)
+        assert cache.turns
 
 
-def test_padding_on_the_left_is_seen_by_nobody():
-    model, ids = built("llama"), text(3, 50)
-    mask = torch.ones_like(ids)
-    for row, pads in enumerate((0, 7, 31)):
+@pytest.mark.parametrize("keep", [None, 0, 4])
+def test_padding_on_the_left_is_seen_by_nobody(keep):
+    model, ids = built("llama") if keep != 4 else one_block(), text(3, 60)
+    mask, padding = torch.ones_like(ids), (0, 7, 31)
+    for row, pads in enumerate(padding):
         ids[row, :pads], mask[row, :pads] = PAD, 0
-    for keep in (None, 4):
-        with testreg.patch(model, start_plan(model)):
-            cache = StreamingCache(model, window=WINDOW, keep=keep)
-            found = [logits(model, ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)]
-            found += [logits(model, ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache)
-                      for at in range(40, 50)]  # fmt: skip
-            found = torch.cat(found, 1)
-            for row, pads in enumerate((0, 7, 31)):
-                alone = StreamingCache(model, window=WINDOW, keep=keep)
-                wanted = [logits(model, ids[row : row + 1, pads:40], past_key_values=alone)]
-                wanted += [
-                    logits(model, ids[row : row + 1, at : at + 1], past_key_values=alone) for at in range(40, 50)
-                ]
-                last = torch.cat(wanted, 1)[0, -6:]
-                if keep is None:
-                    assert found[row, -6:] == pytest.approx(last, abs=2e-4)
-                assert found.isfinite().all()
+    with testreg.patch(model, late(model)) if keep is None else nullcontext():
+        cache = Spied(model, window=WINDOW, keep=keep)
+        found = [logits(model, ids[:, :45], attention_mask=mask[:, :45], past_key_values=cache)]
+        found += [
+            logits(model, ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache)
+            for at in range(45, 60)
+        ]
+        found = torch.cat(found, 1)
+        for row, pads in enumerate(padding):
+            if keep == 4:  # right before the window, in each text alone
+                seen = torch.cat([ids[row, pads : pads + 4], ids[row, 60 - WINDOW :]])[None]
+                assert found[row, -1] == pytest.approx(logits(model, seen)[0, -1], abs=2e-4)
+                continue
+            wanted = as_spied(model, ids[row : row + 1, pads:], cache, row, pads)[0]
+            assert found[row, pads:] == pytest.approx(wanted, abs=2e-4)
+    assert found.isfinite().all()
 
 
 def test_beams():
@@ -190,20 +218,19 @@ def test_beams():
         order = torch.tensor([2, 0, 0])
         cache.reorder_cache(order)
         found = logits(model, ids[order, 30:], past_key_values=cache)
-        assert found == pytest.approx(banded(model, ids[order])[:, 30:], abs=2e-4)
+        fresh = StreamingCache(model, window=WINDOW)
+        logits(model, ids[order, :30], past_key_values=fresh)
+        assert found == pytest.approx(logits(model, ids[order, 30:], past_key_values=fresh), abs=1e-5)
 
 
 def test_beyond_the_trained_length():
-    model, ids = one_block(max_position_embeddings=40), text(1, 300)
-    with testreg.patch(model, start_plan(model)):
-        cache = StreamingCache(model, window=WINDOW)
-        highest, found = 0, []
-        for piece in ids.split(7, dim=1):
-            found.append(logits(model, piece, past_key_values=cache))
-            highest = max(highest, int(cache.next.max()))
-        assert highest <= 40
-        wanted = banded(model, ids[:, -30:])[:, -WINDOW:]  # one block sees a window back and no further
-        assert torch.cat(found, 1)[:, -WINDOW:] == pytest.approx(wanted, abs=2e-4)
+    model, ids = built("llama"), text(1, 300)
+    model.config.max_position_embeddings = 40
+    with testreg.patch(model, late(model)):
+        cache = Spied(model, window=WINDOW)
+        found = read_into(cache, model, ids, 7)
+        assert cache.where.max() < 40
+        assert found == pytest.approx(as_spied(model, ids, cache), abs=2e-4)
 
 
 def test_at_a_position_of_four_millions():
@@ -240,7 +267,7 @@ def test_memory_does_not_grow(keep):
 
 
 def test_streaming_llm_as_published():
-    """The first tokens stay right before the window, wherever that is; against the text with what lies between cut out."""
+    """The first tokens stay right before the window, wherever it is; against text with what lies between cut out."""
     model, ids = one_block(), text(1, 120)
     found = in_pieces(model, ids, [1] * 120, keep=4)
     for at in (30, 60, 119):
@@ -286,7 +313,7 @@ def test_keys_that_do_not_turn_evenly_are_refused():
     rotary = model.model.rotary_emb
     before = rotary.forward
     rotary.forward = lambda x, position_ids: before(x, position_ids**2)
-    with pytest.raises(testreg.UnsupportedModel, match="rope type: default.* is not"):
+    with pytest.raises(testreg.UnsupportedModel, match=r"rope type: default.*as rotary ones do"):
         StreamingCache(model, window=WINDOW, keep=0)
 
 
@@ -301,7 +328,7 @@ def test_what_cannot_be():
     many = testreg.RegisterPlan({}, 6, 0, plan.state.expand(-1, 6, -1), positions="before")
     with (
         testreg.patch(model, many),
-        pytest.raises(testreg.TestregError, match="from 6 .no fewer tokens than there are"),
+        pytest.raises(testreg.TestregError, match=r"from 6 .no fewer tokens than there are"),
     ):
         StreamingCache(model, window=5)
     with testreg.patch(model, plan):
@@ -327,7 +354,8 @@ def test_a_branch_of_a_chat_is_its_own():
         wanted = logits(model, ids[:, 30:], past_key_values=cache)
         assert torch.equal(logits(model, ids[:, 30:], past_key_values=branch), wanted)
         cache.reset()
-        assert logits(model, ids[:, :30], past_key_values=cache) == pytest.approx(banded(model, ids[:, :30]), abs=2e-4)
+        again = logits(model, ids[:, :30], past_key_values=cache)
+        assert torch.equal(again, logits(model, ids[:, :30], past_key_values=StreamingCache(model, window=WINDOW)))
 
 
 def test_turnings_are_those_of_the_model():
