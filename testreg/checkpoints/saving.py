@@ -134,7 +134,7 @@ def save(
                 files={name: sha256(build / name) for name in [*weights, PLAN]},
                 base_config=base_config,
                 config=config_sha256(base_config),
-                base=base.describe(model, acting.plan.neurons),
+                base=base.describe(model, acting.plan.neurons, acting.tower),
                 init=init,
                 attention=_attention(model),
                 dtypes=_dtypes(model),

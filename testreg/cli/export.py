@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import words
+from . import text_words, words
 from .console import writable
 from .group import Place, as_json, load_both, loading, main, preparing, print_json, say, with_plan
 
@@ -15,7 +15,9 @@ from .group import Place, as_json, load_both, loading, main, preparing, print_js
 @main.command(short_help="Write a form that needs no testreg: stock weights, or ONNX.")
 @click.argument("model")
 @click.option("--format", "form", type=click.Choice(["stock", "onnx"]), required=True, help="What to write.")
-@click.option("--images", type=Place(), help="stock: a folder of photos to fit to and to check with; 32 or more.")
+@click.option(
+    "--images", type=Place(), help="stock, of a ViT: a folder of photos to fit to and check with; 32 or more."
+)
 @with_plan
 @click.option("--library", type=click.Choice(["transformers", "timm"]), help="stock: whose. Default: either.")
 @click.option("--out", type=Place(path_type=Path), required=True, help="stock: a directory; onnx: NAME.onnx.")
@@ -39,7 +41,8 @@ def export(
     """Write MODEL in a form that needs no testreg where it is used. MODEL is a patched one, or any with --plan.
 
     \b
-    stock   weights alone, in an architecture of transformers or timm with register slots
+    stock   weights alone, in an architecture of transformers or timm with register slots; of a language
+            model, weights of its own class and a prefix for PEFT beside them
     onnx    for ONNX Runtime and other engines; any batch size
 
     \b
@@ -48,9 +51,8 @@ def export(
     """
     from .. import BadPlan, active
     from .. import patch as install
+    from ..runtime.guard import all_acting
 
-    if form == "stock" and images is None:
-        raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
     for name, value in {"--images": images, "--library": library, "--processor": given["processor"]}.items():
         if form == "onnx" and value:
             raise click.UsageError(f"--format onnx does not take {name}.")
@@ -59,6 +61,17 @@ def export(
     loaded, plan = load_both(model, plan_file, {**given, "images": images}, check=not force)
     if plan:
         install(loaded, plan)
+    speaks = next((acting.tower for acting in all_acting(loaded) if acting.plan.language), None)
+    if speaks:
+        from ..export.language import export_language
+
+        if form == "onnx" or images or library:
+            raise click.UsageError("a language model is exported by --format stock, without --images and --library.")
+        written = export_language(loaded, speaks, out, replace=replace, force=force)
+        told = {"out": str(out), "format": form, "difference": written.difference}
+        return print_json(told) if as_json else say(text_words.stock(told))
+    if form == "stock" and images is None:
+        raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
     if form == "stock":
         from ..export.bake import export_stock
 

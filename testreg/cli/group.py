@@ -182,6 +182,8 @@ def load_both(
     from ..runtime.fingerprint import check_base
 
     plan = RegisterPlan.load(plan_file) if plan_file else None
+    if plan and plan.language:
+        given = {**given, "text": given.get("text") or True}
     loaded = load_model(model, given, patched=patched)
     if plan and check:
         check_base(plan, loaded)

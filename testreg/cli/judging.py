@@ -15,19 +15,23 @@ from . import words
 from .console import wrapped, writable, writing
 from .group import Place, as_json, load_both, load_model, loading, main, preparing, print_json, say, span, with_plan
 
-TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify")
+PERPLEXITY = "perplexity"
+TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify", PERPLEXITY)
 
 
 @main.command(short_help="Measure a model without and with registers.")
 @click.argument("model")
-@click.option("--data", type=Place(), required=True, help="A folder of photos with the labels of the task.")
+@click.option("--data", type=Place(), required=True, help="A folder of photos with the task's labels; or text.")
 @click.option("--task", type=click.Choice(TASKS), required=True, help="What to measure.")
 @with_plan
 @click.option("--against", multiple=True, help="Another checkpoint to compare with, as it is; may be given again.")
 @click.option(
     "--baselines/--no-baselines", default=True, help="Judge the baselines of the protocol too.", show_default=True
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos; or sequences, or tokens.")
+@click.option("--quantise", help="With perplexity: every linear as w8a8, w4a8, w4a16 or fp8 has it.")
+@click.option("--window", type=click.IntRange(min=2), help="With perplexity: each token sees so many before it.")
+@click.option("--skip", type=click.IntRange(min=1), help="With perplexity: leave out so many tokens first.")
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
 @click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
 @click.option("--sweep", is_flag=True, help="With discovery: also other blocks, features and biases, reported apart.")
@@ -54,6 +58,7 @@ def evaluate(
     discovery                    photos with COCO JSON or VOC XML boxes
     attention, probe             photos with masks of the same names in a folder masks
     classify                     one folder of photos per class
+    perplexity                   text, of a language model
 
     MODEL is a patched checkpoint, or any other with --plan. Intervals hold 95 % and come from the same photos.
 
@@ -68,6 +73,11 @@ def evaluate(
 
     for path in out:
         writable(path, TABLES)
+    textual = {name: given[name] for name in ("quantise", "window", "skip") if given[name]}
+    if task == PERPLEXITY:
+        return _judge_text(model, data, plan_file, baselines, limit, out, as_json, textual, given)
+    if textual:
+        raise click.UsageError(f"the task {task} does not take {' and '.join(f'--{key}' for key in textual)}.")
     settings = {name: given[name] for name in ("side", "sweep") if given[name]}
     if given["foreground"]:
         first, last = span(given["foreground"], "--foreground", "1-90")
@@ -147,6 +157,31 @@ def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, 
     if as_json:
         return print_json({"picture": str(out)})
     say(f"Picture in {out}.")
+
+
+def _judge_text(
+    model: str,
+    data: str,
+    plan_file: str | None,
+    baselines: bool,
+    limit: int | None,
+    out: tuple[Path, ...],
+    as_json: bool,
+    textual: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> None:
+    from ..judging.perplexity import perplexity
+
+    loaded, plan = load_both(model, plan_file, {**given, "text": Path(data)})
+    bars = sys.stderr.isatty()
+    table = perplexity(loaded, Path(data), plan=plan, baselines=baselines, limit=limit, progress=bars, **textual)
+    for path in out:
+        with writing(path) as file:
+            table.save(file)
+    if as_json:
+        return print_json(table.to_dict())
+    about = f"{table.provenance['tokens']} tokens of {data}"
+    say(about, str(table), *(f"Table in {path}." for path in out))
 
 
 def _other(name: str, given: Mapping[str, Any]) -> Any:

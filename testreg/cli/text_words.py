@@ -41,6 +41,18 @@ def plan(values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stock(told: Mapping[str, Any]) -> str:
+    """What `export --format stock` wrote of a language model."""
+    out = told["out"]
+    return (
+        f"Saved to {out}: weights in which the neurons rest, and the register as a prefix for PEFT. Use both:\n\n"
+        f"    from peft import PeftModel\n    from transformers import AutoModelForCausalLM\n\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{out}")\n'
+        f'    model = PeftModel.from_pretrained(model, "{out}/prefix")\n\n'
+        f"Logits as of the patched model, to {told['difference']:.0e} of the largest."
+    )
+
+
 def guard(told: Mapping[str, Any]) -> str:
     """What changed, on text that no choice was made on."""
     if "guard" not in told:

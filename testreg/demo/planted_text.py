@@ -51,7 +51,9 @@ def planted_text(*, where: str = "start", scale: float = 400.0) -> PlantedText:
     """The model.
 
     Args:
-        where: sinks are the start token ("start"), or a word too ("content"); or there is none ("nowhere").
+        where: sinks are the start token ("start"), or a word too ("content"); or there is none ("nowhere"); or the
+            start token is one by its embedding, which no neuron writes, at an ordinary norm ("quiet") or at that of a
+            sink ("embedded").
         scale: norm of a sink.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,7 +78,8 @@ def planted_text(*, where: str = "start", scale: float = 400.0) -> PlantedText:
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.zero_()
         _plant(model, where, scale)
-    return PlantedText(model, REGISTER_NEURONS if where != "nowhere" else {}, ((1, 30), (0, 40), (1, 50)))
+    neurons = REGISTER_NEURONS if where in ("start", "content") else {}
+    return PlantedText(model, neurons, ((1, 30), (0, 40), (1, 50)))
 
 
 def _plant(model: Any, where: str, scale: float) -> None:
@@ -85,8 +88,10 @@ def _plant(model: Any, where: str, scale: float) -> None:
     words = model.model.embed_tokens.weight  # (words, channels)
     words[:WORDS, CONTENT:] = content
     words[:, ONE] = 4
-    if where != "nowhere":
+    if where in ("start", "content"):
         words[START, SWITCH] = 8
+    if where in ("quiet", "embedded"):
+        words[START, ONE], words[START, SINK] = 0, 8 if where == "quiet" else scale
     if where == "content":
         words[MARKED, SWITCH] = 8
     words[LOUD, DECOY] = 4

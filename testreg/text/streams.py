@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ ENDINGS = (".txt", ".md", ".rst", ".text")  # of files in a folder that are text
 class Texts:
     """Sequences `(length,)` of token ids, each begun as the tokenizer begins a text; a shorter rest is left out.
 
+    Texts follow one another, since most data sets have many short ones.
+
     Args:
         text: a text; a file, or a folder of files (a `Path` each); a dataset whose rows have a column "text"; token ids
             `(tokens,)`, cut here, or `(sequences, length)`, taken as they are; or several of the first three.
@@ -28,7 +31,7 @@ class Texts:
 
     Attributes:
         texts, tokens: how many were read.
-        rest: what was left of the last text, begun as a sequence is.
+        rest: what was left at the end, begun as a sequence is.
 
     Raises:
         BadText: there is no tokenizer, or something that is no text.
@@ -60,9 +63,13 @@ class Texts:
         """What to say where there is no sequence."""
         if self.text is None or not self.texts:
             return f"there is no text: give a text, a file or a folder of files ({', '.join(ENDINGS)}), or token ids."
+        if isinstance(self.text, str) and len(self.text) < 4096 and Path(self.text).exists():
+            return (
+                f"the text is too short, and it is the name of a file: give pathlib.Path({self.text!r}) to read that."
+            )
         return (
             f"the text is too short: a text of {self.length} tokens at least is needed, 100 times that best, and "
-            f"{self.texts} of {len(self.rest)} or fewer were given."
+            f"{len(self.rest)} were given."
         )
 
     def _given(self, ids: Tensor) -> Iterator[Tensor]:
@@ -77,19 +84,19 @@ class Texts:
         yield from ids[:whole].view(-1, self.length)
 
     def _read(self) -> Iterator[Tensor]:
-        begin = self._begin()
-        step = self.length - len(begin)
+        held: list[int] = []
         for text in _texts(self.text):
             self.texts += 1
-            held: list[int] = []
-            for piece in text:
-                held += _body(self.tokenizer, piece, begin)
+            for piece in text:  # what cannot be read is told before a tokenizer is looked for
+                step = self.length - len(self.begin)
+                held += _body(self.tokenizer, piece, self.begin)
                 while len(held) >= step:
-                    yield torch.tensor(begin + held[:step])
+                    yield torch.tensor(self.begin + held[:step])
                     held = held[step:]
-            self.rest = torch.tensor(begin + held)
+        self.rest = torch.tensor(self.begin + held if held else [], dtype=torch.long)
 
-    def _begin(self) -> list[int]:
+    @cached_property
+    def begin(self) -> list[int]:
         """The start token, where the tokenizer begins every text with one."""
         ids = list(self.tokenizer("a")["input_ids"])
         return ids[:1] if ids and ids[0] == self.tokenizer.bos_token_id else []
