@@ -289,8 +289,7 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
         scale = reach(tower.blocks[block], SCALES)  # what multiplies the MLP's output
         if isinstance(scale, Tensor):
             away = away * scale.detach().double().cpu()
-        down: Any = tower.downs[block]
-        weight = matrix(down).detach().double().cpu()  # (channels, neurons)
+        weight = matrix(tower.downs[block]).detach().double().cpu()  # (channels, neurons)
     contrast = outliers - ordinary
     scores = outliers if by_activation else contrast * (away @ weight)
     selective = contrast.square() > SELECTIVE**2 * (ordinary.square() + spread.square())

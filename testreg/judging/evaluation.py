@@ -208,7 +208,7 @@ def row_of(task: str, arm: str, name: str, measure: Measure, reference: Measure 
     count = len(measure.values)
     own = bootstrap(lambda index: scale * measure.of(index), count)
     change = None
-    if arm != UNPATCHED and reference is not None and len(reference.values) == count:
+    if reference is not None and measure is not reference and len(reference.values) == count:
         change = bootstrap(lambda index: scale * (measure.of(index) - reference.of(index)), count)
     return Row(
         task=task,

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from .errors import BadPlan
 from .law import MOST_REGISTERS, Law
+from .values import at_rest, by_block, neurons_of, whole
 
 FORMAT = "testreg-plan"
 VERSION = 2
 READABLE = (1, 2)  # 1 knows neither the attention form nor a law
 FORMS = ("dynamic", "constant", "attention")
 BEFORE, ON = "before", "on"  # where registers of a language model stand: before its first token, or on its place
-LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +70,11 @@ class RegisterPlan:
             raise BadPlan(
                 f"neurons must map blocks to neurons, as in {{7: (417,)}}, not be a {type(self.neurons).__name__}."
             )
-        neurons = {_index(block, "a block"): _indices(row, block) for block, row in self.neurons.items()}
+        neurons = {whole(block, "a block"): neurons_of(row, block) for block, row in self.neurons.items()}
         object.__setattr__(self, "neurons", dict(sorted((block, row) for block, row in neurons.items() if row)))
         if self.rest is not None:
-            object.__setattr__(self, "rest", _rest(self.rest, self.neurons))
-        registers, entry = _index(self.registers, "registers"), _index(self.entry, "entry")
+            object.__setattr__(self, "rest", at_rest(self.rest, self.neurons))
+        registers, entry = whole(self.registers, "registers"), whole(self.entry, "entry")
         if registers > MOST_REGISTERS:
             raise BadPlan(f"registers is {registers}; at most {MOST_REGISTERS} make sense, and usually 1 to 8.")
         object.__setattr__(self, "registers", registers)
@@ -246,11 +246,11 @@ class RegisterPlan:
         if state is not None and not state.is_floating_point():
             raise BadPlan(f"the register state is of {state.dtype}; a floating-point tensor is needed.")
         return cls(
-            _by_block(values.get("neurons"), "neurons"),
+            by_block(values.get("neurons"), "neurons"),
             registers=values.get("registers", 1),
             entry=values.get("entry", 0),
             state=state,
-            rest=None if values.get("rest") is None else _by_block(values["rest"], "rest"),
+            rest=None if values.get("rest") is None else by_block(values["rest"], "rest"),
             provenance=provenance,
             form=form,
             law=None if values.get("law") is None else Law.from_dict(values["law"]),
@@ -277,38 +277,3 @@ def _state(state: Any, registers: int) -> Tensor:
     if not state.isfinite().all():
         raise BadPlan("state holds NaN or infinity; the images or the weights that it was measured on are broken.")
     return state.clone()
-
-
-def _by_block(values: Any, name: str) -> dict[int, Any]:
-    """JSON's text keys as block indices."""
-    if not isinstance(values, dict) or not all(str(key).isdecimal() and len(key) < 10 for key in values):
-        raise BadPlan(f"the plan's {name} must be a JSON object with blocks as keys, not {values!r:.100}.")
-    if not all(isinstance(row, list) for row in values.values()):
-        raise BadPlan(f"the plan's {name} must hold one list per block, not {values!r:.100}.")
-    return {int(block): row for block, row in values.items()}
-
-
-def _rest(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[float, ...]]:
-    rows = rest if isinstance(rest, Mapping) and all(isinstance(row, (list, tuple)) for row in rest.values()) else {}
-    if {block: len(row) for block, row in rows.items()} != {block: len(row) for block, row in neurons.items()}:
-        raise BadPlan(f"rest must hold one number per register neuron, {dict(neurons)}, not {rest!r:.200}.")
-    for value in (value for row in rows.values() for value in row):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-            raise BadPlan(f"rest holds {value!r:.50}, which is no finite number.")
-    return {block: tuple(map(float, rows[block])) for block in neurons}
-
-
-def _index(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < 2**63:
-        huge = isinstance(value, int) and value.bit_length() > 64
-        raise BadPlan(f"{name} must be a whole number from 0, not {'one of many digits' if huge else repr(value)}.")
-    return value.__index__()
-
-
-def _indices(row: Any, block: Any) -> tuple[int, ...]:
-    if isinstance(row, (str, bytes)) or not hasattr(row, "__iter__"):
-        raise BadPlan(f"the neurons of block {block} must be a sequence of whole numbers, not {row!r}.")
-    indices = sorted(_index(value, f"a neuron of block {block}") for value in row)
-    if len(set(indices)) != len(indices):
-        raise BadPlan(f"block {block} names a neuron twice: {indices}.")
-    return tuple(indices)

@@ -23,6 +23,7 @@ from .plan import BEFORE, ON
 from .relay import Placed, Relay
 from .towers import Tower
 
+COPIES = 16  # of the registers, when they are measured: products of single rows depend on where weights lie in memory
 FILLED = "_testreg"  # on a cache: which plan it was filled with
 
 
@@ -107,13 +108,13 @@ class Prefixed(Forward):
         """Keep the keys and values that the attention makes of the rows, as many as there are dummy tokens."""
         given[self.cache] = recorder = Recorder()
         output = self.original(self.rows.like(first).expand_as(first), **given)
-        shape = (1, *recorder.keys.shape[1:2], first.shape[1])
+        shape = (len(first), *recorder.keys.shape[1:2], first.shape[1])
         if recorder.keys.shape[:-1] != shape or recorder.values.shape[:-1] != shape:
             raise UnsupportedModel(
                 f"the attention of block {self.index} ({type(self.module).__name__}) hands its cache keys of the shape "
                 f"{tuple(recorder.keys.shape)}, not (batch, heads, tokens, channels): registers cannot join them."
             )
-        self.keys, self.values = Placed(recorder.keys), Placed(recorder.values)
+        self.keys, self.values = Placed(recorder.keys[:1].clone()), Placed(recorder.values[:1].clone())
         return output
 
     def _own(self, cache: Any) -> None:
@@ -180,10 +181,10 @@ def measure(tower: Tower, relay: Relay, *, onward: int = 0) -> None:
             f'first token; positions="on" puts them on its place.'
         )
     device = placed_on(tower)
-    ids = torch.zeros(1, plan.registers, dtype=torch.long, device=device)
-    count = torch.arange(plan.registers, device=device)[None]
+    ids = torch.zeros(COPIES, plan.registers, dtype=torch.long, device=device)
+    count = torch.arange(plan.registers, device=device).expand(COPIES, -1)
     turning = rotary(tower)
-    where = torch.zeros_like(count) if plan.positions == ON else count - plan.registers * turning  # (1, registers)
+    where = torch.zeros_like(count) if plan.positions == ON else count - plan.registers * turning  # (copies, registers)
     where = where + onward * turning
     asked = {"position_ids": where} if "position_ids" in inspect.signature(type(decoder).forward).parameters else {}
     relay.measuring = True

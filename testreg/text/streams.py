@@ -20,14 +20,13 @@ ENDINGS = (".txt", ".md", ".rst", ".text")  # of files in a folder that are text
 class Texts:
     """Sequences `(length,)` of token ids, each begun as the tokenizer begins a text; a shorter rest is left out.
 
-    Texts follow one another, since most data sets have many short ones.
-
     Args:
         text: a text; a file, or a folder of files (a `Path` each); a dataset whose rows have a column "text"; token ids
             `(tokens,)`, cut here, or `(sequences, length)`, taken as they are; or several of the first three.
         tokenizer: by default the one that lies with the model's checkpoint.
         length: tokens of a sequence, its start token among them.
         limit: the most tokens that are given.
+        joined: texts follow one another, since most data sets have many short ones; else each begins a sequence.
 
     Attributes:
         texts, tokens: how many were read.
@@ -37,8 +36,17 @@ class Texts:
         BadText: there is no tokenizer, or something that is no text.
     """
 
-    def __init__(self, model: Any, text: Any, tokenizer: Any = None, *, length: int, limit: int | None = None):
-        self.model, self.text, self.length, self.limit = model, text, length, limit
+    def __init__(
+        self,
+        model: Any,
+        text: Any,
+        tokenizer: Any = None,
+        *,
+        length: int,
+        limit: int | None = None,
+        joined: bool = True,
+    ):
+        self.model, self.text, self.length, self.limit, self.joined = model, text, length, limit, joined
         self.ids = text if isinstance(text, Tensor) else None
         self._tokenizer = tokenizer
         self.texts = self.tokens = 0
@@ -87,6 +95,7 @@ class Texts:
         held: list[int] = []
         for text in _texts(self.text):
             self.texts += 1
+            held = held if self.joined else []
             for piece in text:  # what cannot be read is told before a tokenizer is looked for
                 step = self.length - len(self.begin)
                 held += _body(self.tokenizer, piece, self.begin)

@@ -11,6 +11,7 @@ from ..runtime.errors import BadText
 from .streams import Texts
 
 LENGTH = 64  # tokens of a sequence (arXiv 2410.10781, section 3.1)
+MOST = 256 * LENGTH  # tokens that are looked at
 SHORTEST = 32  # in a shorter one uniform attention makes the first token nearly a sink: it sees itself alone
 
 
@@ -19,7 +20,7 @@ def tokens(model: Any, text: Any, tokenizer: Any) -> Tensor:
 
     A text alone that is shorter makes one sequence of its own length.
     """
-    texts = Texts(model, text, tokenizer, length=LENGTH)
+    texts = Texts(model, text, tokenizer, length=LENGTH, limit=MOST, joined=False)
     sequences = list(texts)
     if not sequences and texts.texts == 1 and len(texts.rest) >= SHORTEST:
         sequences = [texts.rest]
