@@ -4,6 +4,7 @@ import json
 
 import pytest
 from commands import refused, run
+from test_json import same
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -53,6 +54,7 @@ def test_find(places):
     assert "--text" in said.splitlines()[-1]
     assert testreg.RegisterPlan.load(out).pairs == ((1, 5), (1, 9))
     told = json.loads(run("find", places / "model", "--text", places / "text", "--json").stdout)
+    same("find --text", told)
     assert told["neurons"] == {"1": [5, 9]}
     assert told["positions"] == "before"
 
@@ -82,6 +84,7 @@ def test_inspect_before_and_after(places, patched):
 def test_perplexity_by_arms(places, patched):
     out = places / "table.json"
     said = run("evaluate", patched[0], "--data", places / "text", "--task", "perplexity", "--limit", "4", "--out", out)
+    same("evaluate --task perplexity", json.loads(out.read_text()))
     rows = {row["arm"]: row["value"] for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["unpatched", "start token in front", "prefix alone", "neurons at rest alone", "patched"]
     assert rows["patched"] < 1.02 * rows["unpatched"] < 0.2 * rows["neurons at rest alone"]
@@ -109,6 +112,7 @@ def test_stock_files(places, patched):
     told = run("export", places / "model", "--plan", places / "plan.safetensors", "--format", "stock", "--json",
                "--out", places / "other").stdout  # fmt: skip
     assert json.loads(told)["difference"] < 1e-4
+    same("export --format stock, language model", json.loads(told))
 
 
 def test_what_does_not_go_together(places, patched):
