@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import TestregError, UnsupportedModel
+from .errors import TestregError
 from .guard import acting_in
-from .prefix import FILLED
+from .prefix import FILLED, check_masks
 from .towers import Tower
 
 
@@ -57,18 +57,12 @@ class Pieces:
 
     def _mask(self, visible: Tensor, piece: Tensor) -> Tensor:
         """As the attention implementation takes it."""
-        kind = getattr(self.module.config, "_attn_implementation", "eager")
-        if kind == "sdpa":
+        check_masks(self.module)
+        if getattr(self.module.config, "_attn_implementation", None) == "sdpa":
             return visible
-        if kind == "eager":
-            dtype = self.module.get_input_embeddings().weight.dtype
-            return torch.zeros(visible.shape, dtype=dtype, device=piece.device).masked_fill(
-                ~visible, torch.finfo(dtype).min
-            )
-        raise UnsupportedModel(
-            f"a StreamingCache needs attention that takes a mask of any shape, not {kind!r}: load the model with "
-            f'attn_implementation="sdpa".'
-        )
+        dtype = self.module.get_input_embeddings().weight.dtype
+        closed = torch.zeros(visible.shape, dtype=dtype, device=piece.device)
+        return closed.masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _whole(outputs: list[Any]) -> Any:

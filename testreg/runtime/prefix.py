@@ -24,6 +24,7 @@ from .relay import Placed, Relay
 from .towers import Tower
 
 COPIES = 16  # of the registers, when they are measured: products of single rows depend on where weights lie in memory
+MASKED = ("eager", "sdpa")  # attention implementations that take any mask
 FILLED = "_testreg"  # on a cache: which plan it was filled with
 
 
@@ -88,6 +89,7 @@ class Prefixed(Forward):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         first = given.pop(self.names[0])  # (batch, tokens, channels)
         self.relay.here.acted |= ATTENTION
+        check_masks(self.module)
         if self.relay.measuring:
             return self._measured(first, given)
         registers, cache = self.relay.plan.registers, given.get(self.cache)
@@ -214,6 +216,20 @@ def tables(tower: Tower) -> list[nn.Module]:
     longest = getattr(decoder.config, "max_position_embeddings", 0) or 0
     embeddings = [part for part in decoder.modules() if isinstance(part, nn.Embedding) and part is not words]
     return [part for part in embeddings if 0 < longest <= part.num_embeddings]
+
+
+def check_masks(module: Any) -> None:
+    """Whether a module's attention implementation takes masks of any shape.
+
+    Raises:
+        UnsupportedModel: it does not.
+    """
+    kind = getattr(getattr(module, "config", None), "_attn_implementation", None) or MASKED[0]
+    if kind not in MASKED:
+        raise UnsupportedModel(
+            f"{kind} takes no mask with columns in front, which registers and streams need: load the model with "
+            f'attn_implementation="sdpa", or model.set_attn_implementation("sdpa").'
+        )
 
 
 def open_mask(mask: Any, registers: int, tokens: Tensor) -> Any:

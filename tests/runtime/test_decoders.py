@@ -262,3 +262,16 @@ def test_a_plan_travels_as_a_file(tmp_path):
     assert loaded.language
     assert testreg.RegisterPlan({}, 1, 0, plan.state, positions="on") != plan
     assert testreg.RegisterPlan({}, 1, 0, plan.state) != plan
+
+
+@pytest.mark.parametrize("kind", ["flash_attention_2", "flex_attention"])
+def test_attention_that_takes_no_mask_is_refused(kind):
+    model, ids = built("llama"), text()
+    with testreg.patch(model, start_plan(model)):
+        cache = testreg.StreamingCache(model, window=8)
+        logits(model, ids)
+        model.config._attn_implementation = kind
+        with pytest.raises(testreg.UnsupportedModel, match=f'{kind} takes no mask.*attn_implementation="sdpa"'):
+            logits(model, ids)
+        with pytest.raises(testreg.UnsupportedModel, match=f"{kind} takes no mask"):
+            logits(model, ids, past_key_values=cache)
