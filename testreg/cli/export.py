@@ -41,8 +41,8 @@ def export(
     """Write MODEL in a form that needs no testreg where it is used. MODEL is a patched one, or any with --plan.
 
     \b
-    stock   weights alone, in an architecture of transformers or timm with register slots; of a language
-            model, weights of its own class and a prefix for PEFT beside them
+    stock   weights alone, in an architecture of transformers or timm with register slots; of a
+            language model, weights of its own class and a prefix for PEFT beside them
     onnx    for ONNX Runtime and other engines; any batch size
 
     \b

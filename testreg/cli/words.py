@@ -50,10 +50,11 @@ def plan(values: Mapping[str, Any]) -> str:
     }
     lines.append(f"Neurons    {len(pairs)} (block, neuron): {neurons}")
     lines.append(f"Registers  {values['registers']}, {where}, {kind[values['form']]}")
-    if values.get("law") and values["law"]["slope"]:
-        law = values["law"]
+    law = values.get("law")
+    if law and (law["slope"] or law.get("below")):
+        bend = f", {law['below']:.4f} below {law['bend']} patches" if law.get("bend") else ""
         lines.append(
-            f"           {law['slope']:.4f} for every patch and {law['offset']:.2f}, rounded: as the size needs"
+            f"           {law['slope']:.4f} for every patch{bend}, and {law['offset']:.2f}, rounded: as the size needs"
         )
     return "\n".join(lines)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics.outliers import BlockNorms
-from ..runtime.decoders import matrix
 from ..runtime.errors import BadPlan
 from ..runtime.offload import present
 from ..runtime.paths import reach
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower
+from .columns import columns
 from .observe import run
 from .scan import Kept, Norms, bin_of, outputs, stack, together, value
 from .trial import Enough, Threshold
@@ -263,9 +263,11 @@ class _Sums:
     def __init__(self) -> None:
         self.outliers, self.ordinary, self.squares = 0, 0, torch.zeros(())
         self.at_outliers, self.at_ordinary = torch.zeros(()), torch.zeros(())
+        self.like = torch.zeros(0)
 
     def add(self, values: Tensor, outliers: Tensor) -> None:
         """Add values `(images, patches, any)` of patches, of which `outliers` `(images, patches)` are outliers."""
+        self.like = values.new_zeros(0)
         picked = values[outliers.to(values.device)].double().cpu()  # (outliers, any)
         self.outliers += len(picked)
         self.ordinary += outliers.numel() - len(picked)
@@ -289,7 +291,7 @@ def _candidates(tower: Tower, block: int, sums: _Sums, stream: _Sums, by_activat
         scale = reach(tower.blocks[block], SCALES)  # what multiplies the MLP's output
         if isinstance(scale, Tensor):
             away = away * scale.detach().double().cpu()
-        weight = matrix(tower.downs[block]).detach().double().cpu()  # (channels, neurons)
+        weight = columns(tower.downs[block], tower.neurons[block], sums.like)  # (channels, neurons)
     contrast = outliers - ordinary
     scores = outliers if by_activation else contrast * (away @ weight)
     selective = contrast.square() > SELECTIVE**2 * (ordinary.square() + spread.square())

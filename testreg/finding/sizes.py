@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import gt, lt
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ from .places import grid
 from .scan import Kept, look, scan, stack, together
 from .trial import Bench, Score
 
-IMAGES = 8  # per size
+IMAGES = 8  # per size, of at most twice the patches that as many of the model's own size have,
+FEWEST = 4  # but no fewer
 SMALLER, LARGER = 2**-0.5, 2.0  # times the model's own side
 MOST = 256  # registers
 
@@ -118,20 +120,22 @@ class Sizes:
 
     def _at(self, side: tuple[int, int]) -> list[Kept]:
         """A few images of that size, and what the unpatched model makes of them; none where it does not take them."""
+        height, width = pixels(self.kept[0].inputs).shape[-2:]
+        count = max(FEWEST, min(IMAGES, 2 * IMAGES * height * width // (side[0] * side[1])))
         try:
-            _, sample = scan(self.model, self.tower, self._batches(side), IMAGES)
+            _, sample = scan(self.model, self.tower, self._batches(side, count), count)
             return list(sample)
         except (TestregError, RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.refused.append({"side": list(side), "refused": reason[:200]})
             return []
 
-    def _batches(self, side: tuple[int, int]) -> Iterator[Batch]:
+    def _batches(self, side: tuple[int, int], count: int) -> Iterator[Batch]:
         height, width = pixels(self.kept[0].inputs).shape[-2:]
         processor = resized(self.images.processor, side[0] / height) if side[0] * width == side[1] * height else None
         given = self.images.source
         anew = processor is not None and not given.once
-        left = IMAGES
+        left = count
         if anew:
             for batch in stream(given.images, processor, model=self.model, batch_size=1):
                 if tuple(pixels(batch.inputs).shape[-2:]) != side:
@@ -142,8 +146,8 @@ class Sizes:
                 left -= 1
                 if not left:
                     return
-        if left == IMAGES:
-            for image in self.kept:
+        if left == count:
+            for image in self.kept[:count]:
                 yield Batch(_scaled(image.inputs, side), (image.digest,))
 
     def _counted(self, plan: RegisterPlan, side: tuple[int, int], kept: list[Kept], bench: Bench) -> Size:
@@ -159,8 +163,10 @@ class Sizes:
 
         drift(plan.registers)
         start = min(MOST, max(1, round(per_image)))
-        best = climb(start, drift, most=MOST, step=max(1, round(0.15 * start)))
-        best = min(tried, key=lambda count: (not as_good(drift(count), drift(best)), drift(count)))
+        step = max(1, round(0.15 * start))
+        best = climb(start, drift, most=MOST, step=step)
+        drift(round(least_between(best, step, tried)))
+        best = min(tried, key=drift)
         return Size(side, kept[0].norms.shape[-1], len(kept), per_image, bench.before, tried, best)
 
     def _widened(self, plan: RegisterPlan, kept: list[Kept], bench: Bench, own: Bench, blocks: range) -> RegisterPlan:
@@ -188,6 +194,15 @@ class Sizes:
         return bench.score(plan).left <= GONE * bench.before
 
 
+def least_between(best: int, step: int, tried: Mapping[int, Score]) -> float:
+    """Where the parabola through the drifts at `best` and a step to either side is least."""
+    if best - step not in tried or best + step not in tried:
+        return best
+    before, at, after = (tried[count].drift for count in (best - step, best, best + step))
+    bend = before - 2 * at + after
+    return best + step * max(-0.5, min(0.5, (before - after) / (2 * bend))) if bend > 0 else best
+
+
 def usual(height: int, width: int, patches: int) -> list[tuple[int, int]]:
     """A smaller and a larger size than that of an image of `patches` patches, in whole ones."""
     patch = height // grid(height, width, patches)[0]
@@ -210,26 +225,32 @@ def with_registers(plan: RegisterPlan, count: int) -> RegisterPlan:
 
 
 def law(registers: int, patches: int, sizes: list[Size]) -> Law | None:
-    """The line through the best counts, or a constant where that is as good; None where nothing was measured.
+    """Lines through the best counts, or a constant where that is as good; None where nothing was measured.
 
     Args:
         registers, patches: at the model's own size.
     """
     if not sizes:
         return None
-    points = [(patches, registers), *((size.patches, size.best) for size in sizes)]
-    fewest, most = min(points)[0], max(points)[0]
+    fewest, most = (end([patches, *(size.patches for size in sizes)]) for end in (min, max))
     if all(as_good(size.tried[registers].drift, size.tried[size.best].drift) for size in sizes):
         return Law(0.0, float(registers), fewest, most)
-    across, up = (sum(values) / len(points) for values in zip(*points, strict=True))
-    slope = sum((x - across) * (y - up) for x, y in points) / sum((x - across) ** 2 for x, _ in points)
-    offset = up - slope * across
-    missed = registers - (slope * patches + offset)  # at the model's own size the count is the plan's
-    offset += missed - max(-0.45, min(0.45, missed))
-    if slope * fewest + offset < 1:  # no size goes without
-        slope = (registers - 1) / (patches - fewest) if patches > fewest else slope
-        offset = 1 - slope * fewest
-    return Law(slope, offset, fewest, most)
+    # Two lines that meet at the model's own size, whose number is the plan's.
+    smaller, larger = (
+        _slope([(size.patches - patches, size.best - registers) for size in sizes if beyond(size.patches, patches)])
+        for beyond in (lt, gt)
+    )
+    slope: float = larger if larger is not None else smaller or 0.0
+    below = slope if smaller is None else smaller
+    if registers - below * (patches - fewest) < 1:  # no size goes without
+        below = (registers - 1) / (patches - fewest)
+    line = Law(slope, registers - slope * patches, fewest, most)
+    return line if below == slope else replace(line, bend=patches, below=below)
+
+
+def _slope(points: list[tuple[int, int]]) -> float | None:
+    """Of the line through zero that is nearest to the points; None where there are none."""
+    return sum(x * y for x, y in points) / sum(x * x for x, _ in points) if points else None
 
 
 def _with_neurons(plan: RegisterPlan, more: Mapping[tuple[int, int], float]) -> RegisterPlan:

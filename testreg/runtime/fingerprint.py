@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,11 @@ def fingerprint(model: nn.Module, tower: Tower | None = None) -> dict[str, str]:
         Name of the dtype -> hex digest.
     """
     blocks = (tower or find_tower(model)).blocks
-    widest = max((weight.dtype for weight in blocks[0].state_dict().values() if weight.dtype in ROUNDINGS), key=_width)
+    widest = max((weight.dtype for _, weight in _weights(blocks[0]) if weight.dtype in ROUNDINGS), key=_width)
     digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[widest]}
     for index, block in enumerate(blocks):
         with present(block):
-            for key, weight in sorted(block.state_dict().items()):
+            for key, weight in _weights(block):
                 _update(digests, f"{index}.{key}", weight)
     return _named(digests)
 
@@ -77,7 +77,7 @@ def columns(tower: Tower, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, s
             weight = getattr(down, "weight", None)
             if not isinstance(weight, Tensor) or weight.is_meta or weight.dtype not in ROUNDINGS or weight.ndim != 2:
                 return {}
-            if hasattr(weight, "device_mesh"):  # a shard of it is here
+            if type(weight.detach()) is not Tensor:  # quantised, or a shard of it
                 return {}
             weights[block] = matrix(down).detach()[:, list(row)]  # (channels, neurons)
     if not weights:
@@ -95,6 +95,15 @@ def fits(plan: RegisterPlan, tower: Tower) -> bool:
     actual = columns(tower, plan.neurons) if isinstance(recorded, Mapping) and recorded else {}
     shared = [dtype for dtype in actual if dtype in recorded]  # type: ignore[operator]
     return not shared or any(recorded[dtype] == actual[dtype] for dtype in shared)  # type: ignore[index]
+
+
+def _weights(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a block by their names; of quantised ones the numbers that they stand for."""
+    for key, value in sorted(block.state_dict().items()):
+        for weight in value if isinstance(value, tuple) else (value,):
+            if isinstance(weight, Tensor):
+                plain = type(weight) is Tensor and not weight.is_quantized
+                yield key, weight if plain or hasattr(weight, "device_mesh") else weight.dequantize()
 
 
 def _update(digests: Mapping[torch.dtype, Any], key: str, weight: Tensor) -> None:

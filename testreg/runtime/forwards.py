@@ -151,7 +151,7 @@ class Attention(Forward):
             given[self.rope] = redirect.unturned(given[self.rope], registers)
         if self.positions:
             given[self.positions] = redirect.positions(given.get(self.positions), registers, first)
-        if self.padded and self.masks and isinstance(given.get(self.masks[0]), Tensor):
+        if self.padded and self.masks and given.get(self.masks[0]) is not None:
             self.relay.here.real = redirect.real(given[self.masks[0]], square=self.masks[0] == SQUARE)
         return (first,), given
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +38,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
     Args:
         path: its directory, or its name on the hub.
-        kwargs: what `from_pretrained` of the model's class takes: `dtype`, `device_map`, `revision`, `token`, ...
+        kwargs: what `from_pretrained` of the model's class takes: `dtype`, `device_map`, `config`, `revision`, ...
 
     Returns:
         A model of the class that was saved. `testreg.active(model)` is its patch.
@@ -49,9 +50,12 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     directory = fetch(path, kwargs)
     kwargs.pop("trust_remote_code", None)  # nothing that lies in the directory is run
     recipe = Recipe.read(directory)
+    dtype: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+    _check_dtype(*dtype.values())
+    given = kwargs.pop("config", None)
     config, unused = _base_config(recipe, kwargs)
-    unused |= {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}  # the config takes them too
-    return _load(directory, recipe, config, class_of(recipe.architecture, config), **unused)
+    config = config if given is None else _config_of(given, config)
+    return _load(directory, recipe, config, class_of(recipe.architecture, config), **unused, **dtype)
 
 
 def fetch(path: str | Path, kwargs: dict[str, Any], more: Iterable[str] = ()) -> Path:
@@ -100,6 +104,24 @@ def _base_config(recipe: Recipe, kwargs: dict[str, Any]) -> tuple[PreTrainedConf
         return config, unused
     except Exception as error:  # the values are a stranger's, and each config class checks them in its own way
         raise BadCheckpoint(f"the checkpoint's config is damaged: {first_line(error)}") from error
+
+
+def _check_dtype(*wanted: Any) -> None:
+    for dtype in wanted:
+        known = dtype in (None, "auto") or isinstance(dtype, (torch.dtype, dict))
+        if not known and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise BadCheckpoint(f"dtype must be a dtype of torch, its name, or 'auto', not {dtype!r:.50}.")
+
+
+def _config_of(given: Any, own: PreTrainedConfig) -> PreTrainedConfig:
+    """The config to load with instead of the checkpoint's own, as `from_pretrained` takes one."""
+    given = given.base_config if isinstance(given, TestregConfig) else given
+    if type(given) is not type(own):
+        raise BadCheckpoint(
+            f"config must be a {type(own).__name__}, as the checkpoint's own is, not {type(given).__name__}: take "
+            f"AutoConfig.from_pretrained(PATH, trust_remote_code=True), change it, and hand it on."
+        )
+    return deepcopy(given)
 
 
 def class_of(name: str, config: PreTrainedConfig) -> Any:
@@ -184,8 +206,16 @@ class TestregConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     def __init__(self, base_config: Any = None, testreg: Any = None, **kwargs: Any):
+        if isinstance(base_config, PreTrainedConfig):  # whoever reads configs wants the model's labels and sizes
+            kwargs |= {"id2label": base_config.id2label, "label2id": base_config.label2id}
         super().__init__(**kwargs)
         self.base_config, self.testreg = base_config, testreg
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__.get("base_config")
+        if name.startswith("_") or not isinstance(base, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(base, name)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

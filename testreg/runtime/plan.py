@@ -141,7 +141,7 @@ class RegisterPlan:
         where = "joining with the embeddings" if self.entry == 0 else f"joining before block {self.entry}"
         if self.form == "attention":
             where = f"from block {self.entry} on"
-        sizes = f" ({self.law})" if self.law and self.law.slope else ""
+        sizes = f" ({self.law})" if self.law and not self.law.constant else ""
         return (
             f"{self.registers} {self.form} register{'s' * (self.registers != 1)} {where}{sizes}; "
             f"{len(self.pairs)} register neuron{'s' * (len(self.pairs) != 1)} (block, neuron): {neurons or 'none'}"

@@ -104,12 +104,22 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def real(mask: Tensor, *, square: bool = False) -> Tensor:
-    """Which tokens are not padding, `(batch or 1, keys)`: those that anyone may attend to under a mask as in `grow`."""
-    seen = _open(mask)
+def real(mask: Any, *, square: bool = False) -> Tensor:
+    """Which tokens are not padding, `(batch or 1, keys)`: those that anyone may attend to under a mask as in `grow` or
+    in `grow_blocks`."""
+    seen = _open(mask) if isinstance(mask, Tensor) else _dense(mask)
     if seen.ndim == 2:
         return seen.any(0, keepdim=True) if square else seen
     return seen.flatten(1, -2).any(1)
+
+
+def _dense(mask: Any) -> Tensor:
+    """A flex attention block mask as booleans `(batch, heads, queries, keys)`."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, heads, queries, keys = mask.shape
+    device = str(mask.kv_num_blocks.device)
+    return create_mask(mask.mask_mod, B=batch, H=heads, Q_LEN=queries, KV_LEN=keys, device=device)
 
 
 def _open(mask: Tensor) -> Tensor:

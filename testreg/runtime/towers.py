@@ -128,7 +128,7 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
     blocks = blocks_of(module, family)
     if not blocks:
         raise UnsupportedModel(f"{type(module).__name__} has no blocks, so there is nothing to patch.")
-    downs, attentions = [], []
+    downs, attentions, sizes, channels = [], [], [], 0
     for index, block in enumerate(blocks):
         about = f"its block {index} ({type(block).__name__})"
         down, attention = reach(block, family.down), reach(block, family.attention)
@@ -137,13 +137,16 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
         if type(block).forward is nn.Module.forward:
             raise differs(f"{about} is a list that is never called, so nothing can join before it or leave after it")
         stream = width(block, attention)
-        if not hasattr(down, "in_features") or stream not in (None, down.out_features):
-            given = f"{getattr(down, 'out_features', 'no')} channels where its residual stream has {stream}"
+        neurons, written = _sizes(down, stream)
+        if neurons is None or stream not in (None, written):
+            given = f"{written or 'no'} channels where its residual stream has {stream}"
             raise differs(f"{about} has {given} after {' or '.join(each(family.down))}, so that is no second linear")
         table = getattr(attention, "relative_position_bias_table", None)
         if isinstance(table, Tensor) and not family.bias:
             raise differs("its attention keeps a position table of fixed size")
         downs.append(down)
+        sizes.append(neurons)
+        channels = channels or written
         attentions.append(attention)
     first = getattr(attentions[0], "batch_first", None)
     seed = reach(module, family.seed) if family.seed else None
@@ -157,10 +160,22 @@ def resolve(path: str, module: nn.Module, name: str, family: Family) -> Tower:
         attentions=tuple(attentions),
         seed=None if isinstance(seed, nn.Identity) else seed,
         prefix=_prefix(module, family, differs),
-        channels=int(downs[0].out_features),
-        neurons=tuple(int(down.in_features) for down in downs),
+        channels=channels,
+        neurons=tuple(sizes),
         sequence_first=family.sequence_first if first is None else not first,
     )
+
+
+def _sizes(down: nn.Module, stream: int | None) -> tuple[int | None, int]:
+    """How many neurons a second linear reads, None where it is none, and how many channels it writes.
+
+    An adapter that says neither has the linear inside that it adapts.
+    """
+    linears: list[Any] = [part for part in down.modules() if hasattr(part, "in_features")]
+    if not hasattr(down, "in_features"):
+        linears = [part for part in linears if stream in (None, part.out_features)]
+    sizes = ((int(part.in_features), int(part.out_features)) for part in linears)
+    return next(sizes, (None, 0)) if hasattr(down, "in_features") else max(sizes, default=(None, 0))
 
 
 def _prefix(module: nn.Module, family: Family, differs: Any) -> int:

@@ -192,6 +192,18 @@ def test_the_law_counts_in_whole_numbers():
     assert [law.reaches(patches) for patches in (49, 50, 1568, 1569)] == [False, True, True, False]
 
 
+def test_a_law_may_bend():
+    law = Law(slope=0.017, offset=0.668, fewest=100, most=784, bend=196, below=0.0104)
+    assert [law(patches) for patches in (1, 100, 196, 400, 784)] == [2, 3, 4, 7, 14]
+    for patches in range(1, 2000):
+        line = 4 - 0.0104 * (196 - patches) if patches < 196 else 4 + 0.017 * (patches - 196)
+        assert abs(law(patches) - line) <= 0.5001, patches
+    assert Law.from_dict(law.to_dict()) == law
+    assert Law.from_dict({"slope": 0.1, "offset": 1.4, "fewest": 4, "most": 64}) == Law(0.1, 1.4, 4, 64)
+    with pytest.raises(BadPlan, match="must be a JSON object of below, bend"):
+        Law.from_dict({**law.to_dict(), "curve": 1})
+
+
 @pytest.mark.parametrize(("values", "says"), [
     ((0.0, 0.0, 10, 20), "gives 0 registers for 10 patches"),
     ((1.0, 0.0, 10, 2000), "gives 2000 registers for 2000 patches"),
@@ -201,6 +213,8 @@ def test_the_law_counts_in_whole_numbers():
     ((0.1, 1.0, 0, 20), "fewest must be"),
     ((0.1, 1.0, 30, 20), "which is no span"),
     ((0.1, 1.0, True, 20), "fewest must be"),
+    ((0.1, 1.0, 10, 20, -1), "bend must be"),
+    ((0.1, 1.0, 10, 20, 15, "x"), "below must be a number"),
 ])  # fmt: skip
 def test_a_law_that_makes_no_sense_is_refused(values, says):
     with pytest.raises(BadPlan, match=says):
@@ -217,7 +231,7 @@ def test_the_count_follows_the_size_of_the_call(form):
             with patched.recording() as record:
                 model(images, interpolate_pos_encoding=True)
             patches = (side // 8) ** 2
-            assert record.registers[1].shape[1] == round(0.1 * patches + 1.4), side
+            assert record.registers[1].shape[1] == {4: 2, 16: 3, 36: 5}[patches], side
             fixed = RegisterPlan(NEURONS, 3, 1, plan.state, law=Law(0.0, plan.law(patches), 1, 1000))
             wanted = model(images, interpolate_pos_encoding=True).last_hidden_state
             with patch(model, fixed):
@@ -324,6 +338,21 @@ def test_a_compiled_model_takes_every_size_with_the_graphs_of_the_unpatched_one(
         plain = graphs(model)
         with patch(model, attention_form(model, law=LAW)):
             assert graphs(model) <= plain
+
+
+@pytest.mark.parametrize("form", ["constant by a law", "attention by a law"])
+def test_an_exported_model_takes_every_size(form):
+    """DINOv3, since others fix the number of their positions while they are exported, unpatched too."""
+    model, _ = build("DINOv3ViTModel")
+    side = 8 * torch.export.Dim("patches", min=2, max=8)
+    with patch(model, forms(model)[FORMS.index(form)]), torch.no_grad():
+        exported = torch.export.export(
+            model, (torch.randn(2, 3, 32, 32),), dynamic_shapes={"pixel_values": {2: side, 3: side}}, strict=False
+        ).module()
+        for pixels in (16, 32, 48):
+            images = torch.randn(2, 3, pixels, pixels)
+            found, wanted = (which(images).last_hidden_state for which in (exported, model))
+            torch.testing.assert_close(found, wanted)
 
 
 # Modules exchanged under the patch

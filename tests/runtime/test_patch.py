@@ -43,7 +43,7 @@ def attention_form(model: nn.Module, entry: int = 1, registers: int = 3, law: La
 
 
 # Three registers for the 16 patches that most tiny models see, two for fewer, four or more for more.
-LAW = Law(slope=0.1, offset=1.4, fewest=4, most=64)
+LAW = Law(slope=0.12, offset=1.08, fewest=4, most=64, bend=16, below=0.1)
 FORMS = ("dynamic", "constant", "attention", "constant by a law", "attention by a law")
 
 
