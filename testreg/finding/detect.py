@@ -241,10 +241,8 @@ def rank(
     )
     counts = [int(found.threshold.outliers(image.norms[found.shown]).sum()) for image in images]
     per_image = sum(counts) / max(1, sum(count > 0 for count in counts))
-    joined, in_attention = (
-        {block: torch.cat(parts) for block, parts in kept.items() if parts} for kept in (states, given)
-    )
-    return Ranking(tuple(chosen), joined, in_attention, per_image, locked(images, found))
+    whole = [{block: torch.cat(parts) for block, parts in kept.items() if parts} for kept in (states, given)]
+    return Ranking(tuple(chosen), whole[0], whole[1], per_image, locked(images, found))
 
 
 def locked(images: list[Kept], found: Artefact) -> tuple[int, ...]:
