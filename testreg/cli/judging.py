@@ -13,7 +13,21 @@ import click
 from ..runtime.errors import BadImages
 from . import words
 from .console import wrapped, writable, writing
-from .group import Place, as_json, load_both, load_model, loading, main, preparing, print_json, say, span, with_plan
+from .group import (
+    TEXT,
+    Place,
+    as_json,
+    load_both,
+    load_model,
+    loading,
+    main,
+    preparing,
+    print_json,
+    say,
+    span,
+    text_alone,
+    with_plan,
+)
 
 PERPLEXITY = "perplexity"
 TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify", PERPLEXITY)
@@ -106,25 +120,42 @@ def evaluate(
 
 @main.command(short_help="One HTML page: before and after.")
 @click.argument("model")
-@click.option("--images", type=Place(), required=True, help="A folder of photos.")
+@click.option("--images", type=Place(), help="A folder of photos.")
+@click.option("--text", **TEXT)
 @with_plan
 @click.option("--out", type=Place(path_type=Path), default="report.html", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Use only the first photos.")
 @preparing
 @loading
 @as_json
-def report(model: str, images: str, plan_file: str | None, out: Path, limit: int, as_json: bool, **given: Any) -> None:
+def report(
+    model: str,
+    images: str | None,
+    text: Path | None,
+    plan_file: str | None,
+    out: Path,
+    limit: int,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Show MODEL before and after on one HTML page that loads nothing from outside.
 
     \b
     testreg report vit-clean --images photos/ --out report.html
+    testreg report smollm-clean --text docs/ --out report.html
     """
     from ..judging.reporting import report as write
     from ..judging.reporting import save
 
     writable(out)
-    loaded, plan = load_both(model, plan_file, {**given, "images": images})
-    page = write(loaded, images, plan=plan, most=limit)
+    if text_alone(images, text):
+        from ..judging.text_report import report_text
+
+        loaded, plan = load_both(model, plan_file, {**given, "text": text})
+        page = report_text(loaded, text, plan=plan)
+    else:
+        loaded, plan = load_both(model, plan_file, {**given, "images": images})
+        page = write(loaded, images, plan=plan, most=limit)
     with writing(out) as file:
         save(page, file)
     if as_json:

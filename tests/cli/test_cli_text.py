@@ -1,6 +1,7 @@
 """The commands that take text, on a planted language model with a tokenizer of its own on disk."""
 
 import json
+import re
 
 import pytest
 from commands import refused, run
@@ -102,6 +103,20 @@ def test_a_window(places, patched):
     rows = {row["arm"]: row["value"] for row in json.loads(said)["rows"]}
     assert list(rows) == ["unpatched, window alone", "first 4 tokens kept", "patched"]
     assert rows["patched"] < 1.1 * rows["first 4 tokens kept"] < 0.5 * rows["unpatched, window alone"]
+
+
+def test_report(places, patched):
+    page = places / "report.html"
+    run("report", patched[0], "--text", places / "text", "--out", page)
+    shown = page.read_text()
+    assert "2 attention registers" in shown
+    assert shown.count("<img") == 8  # four heads before and after
+    registers = re.findall(r"first token (\d+)%(?:, registers (\d+)%)?", shown)
+    assert all(int(first) > 30 for first, _ in registers[0::2])
+    assert all(int(first) < 10 < int(share) for first, share in registers[1::2])
+    assert not re.search(r"(src|href)=.http", shown)
+    run("report", places / "model", "--text", places / "text", "--out", page)
+    assert page.read_text().count("<img") == 4
 
 
 def test_stock_files(places, patched):
