@@ -31,6 +31,7 @@ bench: $(VENV)/test-ready
 	$(BIN)/python -m tests.benchmarks.speed
 	$(BIN)/python -m tests.benchmarks.method cost
 	$(BIN)/python -m tests.benchmarks.processes
+	$(BIN)/python -m tests.benchmarks.gpu --out gpu.json # where there is a GPU; goes on where it was cut off
 
 clean:
 	rm -rf $(VENV) demo site

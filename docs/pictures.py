@@ -31,7 +31,7 @@ WORDS, LINES = "#1b1f24", "#7d8590"
 FILLS = {
     "#dbe7f7": ("images", "text", "finding"),  # the way to a plan
     "#d3f0de": ("runtime", "checkpoints", "export"),  # a plan at work
-    "#fbe7c6": ("metrics", "judging", "demo"),  # was it worth it?
+    "#fbe7c6": ("metrics", "judging", "demo", "testing"),  # was it worth it, and right?
 }
 
 

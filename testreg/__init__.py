@@ -2,9 +2,9 @@
 
 Find the few MLP neurons that write high-norm artefact patches, and move them into registers: `find`, then `patch`.
 
-The package is a house of rooms, each of which may import those below it (`make lint` checks it): `cli`; `judging` and
-`demo`; `export`; `checkpoints` and `finding`; `images` and `text`; `runtime` and `metrics`. Each room's `__init__.py`
-says what it is for.
+The package is a house of rooms, each of which may import those below it (`make lint` checks it): `cli`; `judging`,
+`demo` and `testing`; `export`; `checkpoints` and `finding`; `images` and `text`; `runtime` and `metrics`. Each room's
+`__init__.py` says what it is for.
 """
 
 from typing import TYPE_CHECKING

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from artefact import BLOCK, MARK, NEURON, plant
 from torch import nn
 from torch.nn.functional import one_hot
 
 from testreg import RegisterPlan
 from testreg.finding.observe import observe, run
 from testreg.runtime.towers import find_tower
+from testreg.testing.planting import BLOCK, MARK, NEURON, plant
 
 timm = pytest.importorskip("timm")
 

@@ -20,6 +20,10 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from testreg.testing import attend_by as attention  # noqa: F401, by the names that the tests use
+from testreg.testing import tensors  # noqa: F401
+from testreg.testing import unit_gain as scale
+
 SIZE, PATCH, CHANNELS, BLOCKS, NEURONS = 32, 8, 32, 3, 48
 BATCH = 2
 
@@ -75,19 +79,6 @@ def build(name: str, batch: int = BATCH) -> tuple[nn.Module, dict[str, Any]]:
         model = tiny.make().eval()
         scale(model)
         return model, tiny.inputs(batch)
-
-
-@torch.no_grad()
-def scale(model: nn.Module) -> None:
-    """Random weights of unit gain: with the usual initial ones, a block of 32 channels does next to nothing."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and name == "weight":
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-            elif "Norm" in type(module).__name__ and name == "weight":
-                parameter.normal_(1, 0.1)
-            elif parameter.ndim:
-                parameter.normal_(0, 0.3)
 
 
 def images(height: int = SIZE, width: int = SIZE, **more: Any) -> Callable[[int], dict[str, Any]]:
@@ -558,28 +549,3 @@ FIRST = tuple(next(iter(rows)) for rows in MODELS.values())  # one model per fam
 def pixels(inputs: Mapping[str, Any]) -> str:
     """The argument that holds the images."""
     return next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point())
-
-
-def attention(model: nn.Module, kind: str) -> nn.Module:
-    """Let `model` attend by "eager" or "sdpa", in transformers' way or timm's; others have one way only."""
-    if getattr(model, "_supports_sdpa", False):
-        model.set_attn_implementation(kind)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = kind == "sdpa"
-    return model
-
-
-def tensors(output: Any, path: str = "") -> dict[str, Tensor]:
-    """Every tensor in a model's output, by its path: pooled, logits, hidden states, attentions, feature maps, text."""
-    if isinstance(output, Tensor):
-        return {path: output}
-    if isinstance(output, Mapping):
-        items = output.items()
-    elif isinstance(output, list | tuple):
-        items = enumerate(output)
-    else:
-        return {}
-    return {
-        where: tensor for key, value in items for where, tensor in tensors(value, f"{path}.{key}".lstrip(".")).items()
-    }

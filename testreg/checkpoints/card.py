@@ -58,7 +58,8 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
         "",
         "A stock class, such as `" + architecture + "`, refuses these files: it would lose the registers.",
         "",
-        *_table(plan.provenance),
+        *kind_of_artefact(plan.provenance),
+        *before_and_after(plan.provenance),
         *_sizes(plan.provenance),
         "## Licence",
         "",
@@ -83,8 +84,17 @@ def metadata(base: str, library: str, source: Path | None) -> tuple[ModelCardDat
     return data, known.get("license_name") or known.get("license")
 
 
-def _table(provenance: Mapping[str, Any]) -> list[str]:
-    """The numbers of `provenance["before"]` beside those of `provenance["after"]`."""
+def kind_of_artefact(provenance: Mapping[str, Any]) -> list[str]:
+    """What `provenance["nature"]` says of the artefact, in its own sentences."""
+    nature = provenance.get("nature")
+    said = nature.get("sentences") if isinstance(nature, Mapping) else None
+    if not isinstance(said, list) or not said:
+        return []
+    return [" ".join(" ".join(str(line).split()).replace("<", "&lt;")[:500] for line in said[:8]), ""]
+
+
+def before_and_after(provenance: Mapping[str, Any], level: int = 2) -> list[str]:
+    """The numbers of `provenance["before"]` beside those of `provenance["after"]`, under a heading of that level."""
     before, after = provenance.get("before"), provenance.get("after")
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return []
@@ -95,7 +105,7 @@ def _table(provenance: Mapping[str, Any]) -> list[str]:
     ]
     if not rows:
         return []
-    return ["## Before and after", "", "| | unpatched | with registers |", "|---|---|---|", *rows, ""]
+    return [f"{'#' * level} Before and after", "", "| | unpatched | with registers |", "|---|---|---|", *rows, ""]
 
 
 def _sizes(provenance: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,15 @@ from typing import Any, TextIO
 import click
 
 from ..checkpoints.atomic import replacing_file
-from ..runtime.errors import Harmful, ImagesDark, ImagesRepeated, ImagesSkipped, NoOutliers, TestregError
+from ..runtime.errors import (
+    FamilyLeftOut,
+    Harmful,
+    ImagesDark,
+    ImagesRepeated,
+    ImagesSkipped,
+    NoOutliers,
+    TestregError,
+)
 
 EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error; 2: the command line itself
 INTERRUPTED = 130  # as shells have it
@@ -148,7 +156,7 @@ def _own_warnings() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for own in (ImagesSkipped, ImagesRepeated, ImagesDark):
+            for own in (ImagesSkipped, ImagesRepeated, ImagesDark, FamilyLeftOut):
                 warnings.simplefilter("always", own)
             warnings.showwarning = show
             yield

@@ -79,7 +79,7 @@ def export(
         told = {"out": str(out), "format": form, "library": baked.library, **baked.summary()}
         return print_json(told) if as_json else say(words.stock(told))
     from ..export.onnx import export_onnx
-    from ..finding.inspection import native
+    from ..finding.attending import native
 
     if not force and active(loaded) is None and not native(loaded):
         raise BadPlan(

@@ -27,6 +27,7 @@ from .group import (
     say,
     span,
     text_alone,
+    with_plan,
 )
 
 
@@ -34,7 +35,7 @@ from .group import (
 @click.argument("model")
 @photos_or_text
 @choices
-@click.option("--plan", "plan_file", type=Place(), help="Use this plan, as `find --out` wrote it.")
+@with_plan
 @click.option("--out", type=Place(path_type=Path), required=True, help="Directory of the patched checkpoint.")
 @click.option("--replace", is_flag=True, help="Replace the checkpoint that is there as --out.")
 @click.option("--force", is_flag=True, help="Take another model's plan; save even if the guard refuses.")
@@ -66,10 +67,13 @@ def patch(
 @photos_or_text
 @choices
 @click.option("--out", type=Place(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
+@click.option("--push", help="Share the plan on the hub, as owner/name or owner/name:FILE, with a card.")
 @click.option("--explain", is_flag=True, help="Show the candidates and every plan tried.")
 @click.option("--force", is_flag=True, help="Give the best plan even if the guard refuses it.")
 @as_json
-def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool, **given: Any) -> None:
+def find(
+    model: str, out: Path | None, push: str | None, explain: bool, force: bool, as_json: bool, **given: Any
+) -> None:
     """Find the register neurons of MODEL and the registers that take their place. The model is not changed.
 
     \b
@@ -79,15 +83,21 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
     Nothing needs to be set: what no option fixes is found.
     """
     from ..finding.parallel import leads
+    from ..runtime.hub import on_hub
 
     text_alone(given["images"], given["text"])
     writable(out)
     if out and out.is_file() and not _holds_plan(out):
         raise TestregError(f"{out} is there and holds no plan; nothing else is replaced. Give another --out.")
+    if push and not on_hub(push):
+        raise click.BadParameter(f"{push!r} is no name on the hub, as in owner/name.", param_hint="--push")
     plan = _find(load_model(model, given), given, force=force)
     if out and leads():
         with writing(out) as file:
             plan.save(file)
+    if push and leads():
+        name, _, filename = push.partition(":")
+        address = plan.push_to_hub(name, filename=filename or None, force=force)
     if as_json:
         return print_json(plan.to_dict())
     told = plan.provenance
@@ -101,40 +111,106 @@ def find(model: str, out: Path | None, explain: bool, force: bool, as_json: bool
         more = f"--processor {given['processor']} " if given["processor"] else ""
         line = f"testreg patch {model} --images {given['images']} {more}--plan {out} --out DIRECTORY"
         say(f"\nPlan in {out}. Apply it:\n\n    {line}")
+    if push and leads():
+        apply = f"testreg patch {model} --images PHOTOS --plans {name} --out DIRECTORY"
+        say(f"\nPlan on the hub: {address}. Others apply it:\n\n    {apply}")
 
 
-@main.command(short_help="Has a model the artefact? Patch norms per block.")
-@click.argument("model")
+@main.command(short_help="Have models the artefact? Patch norms per block, or a table of many.")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--images", **IMAGES)
 @click.option("--text", **TEXT)
 @click.option("--threshold", type=float, help="Norm from which on a patch is an outlier.")
+@click.option(
+    "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Shorter side of photos; may be given again."
+)
+@click.option("--plans", multiple=True, help="With a table: whether these collections on the hub have a plan.")
+@click.option("--out", type=Place(path_type=Path), help="A table of models, as .md, .csv or .json; taken up if there.")
 @running
 @as_json
 def inspect(
-    model: str, images: str | None, text: Path | None, threshold: float | None, as_json: bool, **given: Any
+    models: tuple[str, ...],
+    images: str | None,
+    text: Path | None,
+    threshold: float | None,
+    sizes: tuple[int, ...],
+    plans: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Patch norms of MODEL block by block, and whether it has the artefact. MODEL may be a patched one.
 
     \b
     testreg inspect google/vit-base-patch16-224 --images photos/
 
+    Of several models, or with --out, a table with a row each. What cannot be looked at is a row with its reason; a
+    table that is there is gone on with.
+
+    \b
+    testreg inspect MODEL MODEL --images photos/ --size 224 --size 448 --out census.md
+
     With --text instead of --images: attention sinks and massive activations of a causal language model.
     """
     from .. import inspect as look
+    from ..judging.census import at as at_side
 
+    many = len(models) > 1 or len(sizes) > 1 or bool(plans) or out is not None
     if text_alone(images, text):
         from ..runtime.decoders import find_blocks
 
-        loaded = load_model(model, given, patched=True, check=find_blocks)
+        if many or sizes:
+            raise click.UsageError("with --text one model is looked at, and neither --size, --plans nor --out fits.")
+        loaded = load_model(models[0], given, patched=True, check=find_blocks)
         read = look(loaded, text=text, batch_size=given["batch_size"])
         return print_json(read.to_dict()) if as_json else say(text_words.sinks(read.to_dict()), wrapped(read.verdict))
+    if many:
+        return _census(models, str(images), threshold, sizes, plans, out, as_json, given)
+    loaded = load_model(models[0], {**given, "images": images}, patched=True)
     found = look(
-        load_model(model, {**given, "images": images}, patched=True), images, threshold=threshold, **running_with(given)
+        loaded, images, threshold=threshold, **running_with(given), **(at_side(loaded, sizes[0]) if sizes else {})
     )
     if as_json:
         return print_json(found.to_dict())
     say(words.norms(found.to_dict()["blocks"]), f"An outlier has {found.threshold} or more; {found.images} photos.")
     say(wrapped(words.attention(found.to_dict()["attention"])), wrapped(found.verdict))
+    if found.nature:
+        say(wrapped(" ".join(found.nature.sentences)))
+
+
+def _census(
+    models: tuple[str, ...],
+    images: str,
+    threshold: float | None,
+    sizes: tuple[int, ...],
+    plans: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    given: Mapping[str, Any],
+) -> None:
+    from ..images.sources import existing
+    from ..judging import census
+
+    writable(out, census.TABLES)
+    existing(images)  # once, and not as many rows
+    rows = census.census(
+        dict.fromkeys(models),
+        images,
+        load=lambda name: load_model(name, given, patched=True),
+        out=out,
+        sizes=sizes or (None,),
+        plans=plans,
+        tell=note,
+        threshold=threshold,
+        **running_with(given),
+    )
+    mine = [row for row in rows if row["model"] in models]
+    if as_json:
+        print_json(mine)
+    else:
+        say(census.markdown(rows).rstrip(), f"\nTable in {out}." if out else "")
+    if all(row["verdict"] == census.FAILED for row in mine):
+        raise TestregError("none of the models could be looked at; the table says why.")
 
 
 def patch_and_save(

@@ -104,8 +104,14 @@ running = options(
     preparing,
     loading,
 )
-with_plan = click.option(
-    "--plan", "plan_file", type=Place(), help="Registers for a MODEL that has none, as `find --out` wrote them."
+with_plan = options(
+    click.option(
+        "--plan",
+        "plan_file",
+        type=Place(),
+        help="Registers for MODEL: a file that `find --out` wrote, or owner/name on the hub.",
+    ),
+    click.option("--plans", help="Plans on the hub, owner/collection, among which MODEL's is found by its weights."),
 )
 photos = options(click.option("--images", required=True, **IMAGES), running)
 TEXT: dict[str, Any] = {
@@ -181,13 +187,16 @@ def load_both(
     from .. import RegisterPlan
     from ..runtime.fingerprint import check_base
 
-    plan = RegisterPlan.load(plan_file) if plan_file else None
+    plans = given.get("plans")
+    if plan_file and plans:
+        raise click.UsageError("give either --plan, one plan, or --plans, a collection in which it is found.")
+    plan = RegisterPlan.load(plan_file, force=not check) if plan_file else None
     if plan and plan.language:
         given = {**given, "text": given.get("text") or True}
     loaded = load_model(model, given, patched=patched)
     if plan and check:
         check_base(plan, loaded)
-    return loaded, plan
+    return loaded, RegisterPlan.load(plans, model=loaded) if plans else plan
 
 
 def text_alone(images: Any, text: Path | None) -> bool:

@@ -30,7 +30,7 @@ from .group import (
 )
 
 PERPLEXITY = "perplexity"
-TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "classify", PERPLEXITY)
+TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "segment-text", "classify", PERPLEXITY)
 
 
 @main.command(short_help="Measure a model without and with registers.")
@@ -48,6 +48,12 @@ TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "c
 @click.option("--skip", type=click.IntRange(min=1), help="With perplexity: leave out so many tokens first.")
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
 @click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
+@click.option(
+    "--attention",
+    type=click.Choice(["plain", "qk", "kk"]),
+    help="With segment-text: the last block as it is, its attention alone, or keys that attend to keys.",
+)
+@click.option("--template", multiple=True, help="With segment-text: as in 'a photo of a {}.'; may be given again.")
 @click.option("--sweep", is_flag=True, help="With discovery: also other blocks, features and biases, reported apart.")
 @click.option("--out", multiple=True, type=Place(path_type=Path), help="Write the table here, as .json or .csv.")
 @preparing
@@ -71,6 +77,7 @@ def evaluate(
     outliers, sinks, agreement   any photos
     discovery                    photos with COCO JSON or VOC XML boxes
     attention, probe             photos with masks of the same names in a folder masks
+    segment-text                 the same, and mask_classes.json; a model that reads text
     classify                     one folder of photos per class
     perplexity                   text, of a language model
 
@@ -92,7 +99,7 @@ def evaluate(
         return _judge_text(model, data, plan_file, baselines, limit, out, as_json, textual, given)
     if textual:
         raise click.UsageError(f"the task {task} does not take {' and '.join(f'--{key}' for key in textual)}.")
-    settings = {name: given[name] for name in ("side", "sweep") if given[name]}
+    settings = {name: given[name] for name in ("side", "sweep", "attention", "template") if given[name]}
     if given["foreground"]:
         first, last = span(given["foreground"], "--foreground", "1-90")
         settings["foreground"] = range(first, last + 1)

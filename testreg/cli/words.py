@@ -37,6 +37,7 @@ def plan(values: Mapping[str, Any]) -> str:
         )
         if told["positions"]:
             lines.append(f"           always at the same patches: {', '.join(map(str, told['positions'][:12]))}")
+        lines += nature(told.get("nature"))
         if told["images"]["skipped"]:
             lines.append(f"           {told['images']['skipped']} files could not be read and were skipped")
     neurons = ", ".join(f"({block}, {neuron})" for block, neuron in pairs[:12]) + (", ..." if len(pairs) > 12 else "")
@@ -57,6 +58,20 @@ def plan(values: Mapping[str, Any]) -> str:
             f"           {law['slope']:.4f} for every patch{bend}, and {law['offset']:.2f}, rounded: as the size needs"
         )
     return "\n".join(lines)
+
+
+def nature(kind: Mapping[str, Any] | None) -> list[str]:
+    """What kind of artefact it is, in a line; nothing where an old plan does not say."""
+    if not kind:
+        return []
+    where = {"position": "locked to places", "content": "set by content", "both": "of places and of content"}
+    said = [where[kind["where"]]] if kind["where"] in where else []
+    said.append(f"in {kind['states']} state{'s' * (kind['states'] != 1)}")
+    if kind["attention"] is not None:
+        said.append(f"{kind['attention']:.0%} of the attention behind")
+    if kind["values"] is not None:
+        said.append(f"values of {kind['values']:.2f} times the usual norm ({kind['sink']})")
+    return [f"           {', '.join(said)}"]
 
 
 def norms(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..metrics.outliers import BlockNorms
+from ..metrics.outliers import BlockNorms, locked
 from ..runtime.errors import BadPlan
 from ..runtime.offload import present
 from ..runtime.paths import reach
@@ -25,6 +25,7 @@ LEAST, MOST = 2.0, 8.0  # times the median norm: between these, the emptiest pla
 APART = 1.5  # times the median norm: below, a patch is an outlier by no threshold
 STRONG = 3.0  # times the median norm: an artefact's outliers reach this
 COMMON = 0.05  # share of images that have an outlier where there is an artefact
+NEARLY_ALL = 0.9  # of the images, and of the outliers
 SELECTIVE = 3.0  # times its root mean square over ordinary patches: a register neuron's contrast is above that
 FAINT = 1e-3  # of the best neuron's score: nothing below is worth a trial
 SCALES = ("layer_scale2.lambda1", "ls2.gamma", "ls_2.gamma", "lambda_2", "gamma_2", "ls2")
@@ -239,20 +240,15 @@ def rank(
         (candidate for candidate in candidates if candidate.score > (0 if by_activation else FAINT * best)),
         key=lambda candidate: (-candidate.score, candidate.block, candidate.neuron),
     )
-    counts = [int(found.threshold.outliers(image.norms[found.shown]).sum()) for image in images]
+    spoilt = [found.threshold.outliers(image.norms[found.shown]) for image in images]
+    counts = [int(row.sum()) for row in spoilt]
     per_image = sum(counts) / max(1, sum(count > 0 for count in counts))
-    whole = [{block: torch.cat(parts) for block, parts in kept.items() if parts} for kept in (states, given)]
-    return Ranking(tuple(chosen), whole[0], whole[1], per_image, locked(images, found))
-
-
-def locked(images: list[Kept], found: Artefact) -> tuple[int, ...]:
-    """Patches that are outliers in nine of ten images, if nine of ten outliers are there; else none."""
-    outliers = [found.threshold.outliers(image.norms[found.shown]) for image in images]
-    if len({len(row) for row in outliers}) != 1:
-        return ()
-    counts = torch.stack(outliers).sum(0)  # (patches,)
-    often = counts >= 0.9 * len(outliers)
-    return tuple(often.nonzero().flatten().tolist()) if counts[often].sum() >= 0.9 * counts.sum() else ()
+    joined, in_attention = (
+        {block: torch.cat(parts) for block, parts in kept.items() if parts} for kept in (states, given)
+    )
+    share, often = locked(spoilt, NEARLY_ALL)
+    positions = often if share is not None and share >= NEARLY_ALL else ()
+    return Ranking(tuple(chosen), joined, in_attention, per_image, positions)
 
 
 class _Sums:

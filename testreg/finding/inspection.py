@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..metrics.outliers import BlockNorms
-from ..metrics.sinks import EPSILON, received
-from ..runtime.errors import UnsupportedModel
-from ..runtime.paths import reach
-from ..runtime.towers import Tower, find_tower
+from ..runtime.towers import find_tower
 from . import language
+from .attending import Attending, attending, native
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
-from .observe import observe, run
-from .scan import Kept
+from .nature import Nature, nature
 from .survey import Running, Survey, spelled_out
 from .text_inspection import TextInspection
 from .trial import Threshold
@@ -26,34 +21,8 @@ from .trial import Threshold
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-NATIVE = (
-    "config.num_register_tokens",
-    "config.num_registers",
-    "num_reg_tokens",
-    "num_register_tokens",
-    "n_storage_tokens",
-    "patch_generator.num_registers",
-)
 FEW = 4  # images whose attention maps are looked at
-
-
-@dataclass(frozen=True)
-class Attending:
-    """Where attention goes: shares of 1 that get there from the mean query, mean over blocks, heads and a few images.
-
-    Attributes:
-        patch: to the one patch that gets most.
-        prefix: to class and distillation token.
-        native: to registers that the model was trained with.
-        registers: to test-time registers.
-        rate: sink rate of the patch that is a sink in most blocks and heads (arXiv 2410.10781, section 3.1).
-    """
-
-    patch: float
-    prefix: float
-    native: float
-    registers: float
-    rate: float
+KEPT = 16  # images that tell what kind of artefact it is
 
 
 @dataclass(frozen=True)
@@ -69,6 +38,7 @@ class Inspection:
         family: of the vision tower.
         native: how many registers it was trained with.
         attention: where its attention goes; None where it gives no maps.
+        nature: what kind of artefact it is; None where there is none.
     """
 
     blocks: tuple[BlockNorms, ...]
@@ -79,6 +49,7 @@ class Inspection:
     family: str
     native: int
     attention: Attending | None
+    nature: Nature | None = None
 
     @property
     def verdict(self) -> str:
@@ -111,6 +82,7 @@ class Inspection:
             "attention": None if self.attention is None else asdict(self.attention),
             "verdict": self.verdict,
             "artefact": None if self.artefact is None else self.artefact.to_dict(),
+            "nature": None if self.nature is None else self.nature.to_dict(),
             "threshold": str(self.threshold),
             "blocks": [
                 {"block": block, **asdict(row), "ratio": ratio}
@@ -154,55 +126,18 @@ def inspect(
 
     def decide(counted: Counted) -> Inspection:
         norms, limit = counted.norms, chosen(counted.norms, threshold)
+        found, kept = artefact(norms, limit), list(counted.sample)
+        attention = attending(model, tower, kept[:FEW], found)
         return Inspection(
             blocks=table(norms, limit),
             ratios=tuple(largest_ratio(norms).tolist()),
             threshold=limit,
-            artefact=artefact(norms, limit),
+            artefact=found,
             images=norms.images,
             family=tower.family,
-            native=_native(tower),
-            attention=_attending(model, tower, counted.sample),
+            native=native(tower),
+            attention=attention,
+            nature=None if found is None else nature(model, tower, kept, found, attention),
         )
 
-    return survey.decide(decide, size=FEW)
-
-
-class _Received(dict[int, Tensor]):
-    """Attention maps, of which only what every token receives is kept `(images, heads, tokens)`."""
-
-    def __setitem__(self, block: int, maps: Tensor) -> None:
-        super().__setitem__(block, received(maps).cpu())
-
-
-def _attending(model: nn.Module, tower: Tower, images: Iterable[Kept]) -> Attending | None:
-    rows = []
-    native = _native(tower)
-    blocks = range(len(tower.blocks))
-    try:
-        with observe(model, attentions=blocks) as seen:
-            for image in images:
-                seen.attentions = _Received()
-                run(model, image.inputs)
-                alpha = torch.stack([seen.attentions[block] for block in blocks]).squeeze(1)  # (blocks, heads, tokens)
-                patches = alpha[..., tower.prefix :]
-                shares = (
-                    patches.amax(-1).mean(),
-                    alpha[..., : tower.prefix - native].sum(-1).mean(),
-                    alpha[..., tower.prefix - native : tower.prefix].sum(-1).mean(),
-                    (1 - alpha.sum(-1)).clamp(min=0).mean(),
-                    (patches > EPSILON).float().mean((0, 1)).amax(),
-                )
-                rows.append(torch.stack(shares))
-    except UnsupportedModel:  # its attention gives no maps
-        return None
-    return Attending(*torch.stack(rows).mean(0).tolist())
-
-
-def native(model: nn.Module) -> int:
-    """How many registers a model was trained with."""
-    return _native(find_tower(model))
-
-
-def _native(tower: Tower) -> int:
-    return int(reach(tower.module, NATIVE) or 0)
+    return survey.decide(decide, size=KEPT)

@@ -24,6 +24,19 @@ from .still import still
 NOTHING = RegisterPlan({}, registers=0)  # of several patches the last one acts, so this one switches the others off
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Where an attention makes its queries, keys or values: the last part of a linear's name, or its third if fused."""
+
+    what: str
+    names: tuple[str, ...]
+    third: int
+
+
+QUERIES = Projection("query", ("q_proj", "query"), 0)
+KEYS, VALUES = Projection("key", ("k_proj", "key"), 1), Projection("value", ("v_proj", "value"), 2)
+
+
 @dataclass
 class Seen:
     """What the last forward pass inside `observe` did; blocks from 0, every tensor without registers.
@@ -32,24 +45,33 @@ class Seen:
         states: block -> residual stream after it `(batch, tokens, channels)`, prefix tokens first.
         attentions: block -> attention `(batch, heads, tokens, tokens)`; rows sum to less than 1 where registers took
             the rest.
-        keys: block -> keys of all heads side by side, before any rotation, `(batch, tokens, channels)`.
+        attended: block -> what its attention gives, before anything is added to it, `(batch, tokens, channels)`.
+        keys, values: block -> those of all heads side by side, before any rotation, `(batch, tokens, channels)`.
     """
 
     states: dict[int, Tensor] = field(default_factory=dict)
     attentions: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    attended: dict[int, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
 def observe(
-    model: nn.Module, *, states: Iterable[int] = (), attentions: Iterable[int] = (), keys: Iterable[int] = ()
+    model: nn.Module,
+    *,
+    states: Iterable[int] = (),
+    attentions: Iterable[int] = (),
+    keys: Iterable[int] = (),
+    values: Iterable[int] = (),
+    attended: Iterable[int] = (),
 ) -> Iterator[Seen]:
     """Keep what the named blocks do in the forward passes inside the `with`; the model is as before afterwards.
 
     Attention maps need the attention implementation that returns them ("eager"), which is set meanwhile.
 
     Raises:
-        UnsupportedModel: the model's attention gives no maps, or has no key projection that can be read.
+        UnsupportedModel: the model's attention gives no maps, or has no projection that can be read.
     """
     tower, seen, ear = find_tower(model), Seen(), maps.Ear()
     handles: list[Any] = []
@@ -58,7 +80,11 @@ def observe(
         for block in states:
             handles.append(tower.blocks[block].register_forward_hook(_keep_state(tower, seen, block)))
         for block in keys:
-            handles.append(_keep_keys(tower, seen, block))
+            handles.append(_keep_projected(tower, seen.keys, block, KEYS))
+        for block in attended:
+            handles.append(tower.attentions[block].register_forward_hook(_keep_attended(tower, seen, block)))
+        for block in values:
+            handles.append(_keep_projected(tower, seen.values, block, VALUES))
         for block in attentions:
             handles += _keep_attention(tower, seen, block, ear)
         with _giving_maps(tower, ear) if attentions else _unchanged():
@@ -122,6 +148,15 @@ def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> 
 def _keep_state(tower: Tower, seen: Seen, block: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         seen.states[block] = tower.batched(output)
+
+    return hook
+
+
+def _keep_attended(tower: Tower, seen: Seen, block: int) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        current = active(tower.module)
+        inside = 0 if current and current.plan.form == "attention" else _registers(tower, block)
+        seen.attended[block] = tower.batched(output)[:, inside:]
 
     return hook
 
@@ -191,34 +226,36 @@ def _registers(tower: Tower, block: int) -> int:
     return int(current.inside) if current and block >= current.plan.entry else 0
 
 
-def _keep_keys(tower: Tower, seen: Seen, block: int) -> Any:
+def _keep_projected(tower: Tower, kept: dict[int, Tensor], block: int, which: Projection) -> Any:
     attention = tower.attentions[block]
 
-    def keep(keys: Tensor) -> None:
-        seen.keys[block] = tower.turned(keys)[:, _registers(tower, block) :]
+    def keep(projected: Tensor) -> None:
+        kept[block] = tower.turned(projected)[:, _registers(tower, block) :]
 
     if tower.row.packed:
         raise UnsupportedModel(
-            f"{type(tower.module).__name__} packs all images into one sequence: its keys cannot be read image by image."
+            f"{type(tower.module).__name__} packs all images into one sequence: its {which.what}s cannot be read image "
+            f"by image."
         )
     for name, part in attention.named_modules():
         last = name.split(".")[-1]
-        if last in ("k_proj", "key"):
+        if last in which.names:
             return part.register_forward_hook(lambda module, args, output: keep(output))
         if last in ("qkv", "in_proj"):  # one linear for queries, keys and values
-            return part.register_forward_hook(lambda module, args, output: keep(output.chunk(3, dim=-1)[1]))
+            return part.register_forward_hook(lambda module, args, output: keep(output.chunk(3, dim=-1)[which.third]))
     weight, bias = (getattr(attention, f"in_proj_{name}", None) for name in ("weight", "bias"))
     if isinstance(weight, Tensor):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             several = isinstance(attention, nn.MultiheadAttention) and len(args) > 1  # queries, keys and values
-            source = kwargs["key"] if "key" in kwargs else args[1] if several else args[0]
-            keep(nn.functional.linear(source, weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]))
+            source = kwargs[which.what] if which.what in kwargs else args[which.third] if several else args[0]
+            part = None if bias is None else bias.chunk(3)[which.third]
+            keep(nn.functional.linear(source, weight.chunk(3)[which.third], part))
 
         return attention.register_forward_pre_hook(hook, with_kwargs=True)
     raise UnsupportedModel(
-        f"the attention of {type(tower.module).__name__} ({type(attention).__name__}) has no key projection among "
-        f"k_proj, key, qkv and in_proj_weight: its keys cannot be read."
+        f"the attention of {type(tower.module).__name__} ({type(attention).__name__}) has no {which.what} projection "
+        f"among {', '.join(which.names)}, qkv and in_proj_weight: its {which.what}s cannot be read."
     )
 
 

@@ -19,6 +19,8 @@ from ..runtime.errors import BadImages
 from .decode import files
 
 IGNORE = 255  # the mask value that counts as no class at all
+CLASSES = ("mask_classes.json", "classes.json", "classes.txt")  # what mask values are called
+NO_CLASS = ("unlabeled", "unlabelled", "void", "ignore")
 MASKS = ("masks", "SegmentationClass", "SegmentationObject")  # folders whose images are no photos
 
 
@@ -108,6 +110,29 @@ def masked(data: str | Path) -> list[Sample]:
         masks |= {path.stem: path for path in sorted(folder.rglob(f"{name}/**/*.png"))}
     samples = [Sample(path, mask=masks[path.stem]) for path in _photos(folder) if path.stem in masks]
     return _some(samples, folder, "a folder masks/ with a PNG of class indices for each photo, of the same name")
+
+
+def named_classes(data: str | Path) -> dict[int, str]:
+    """Mask value -> name of its class, from a file in the folder: `mask_classes.json` or `classes.json`, which map one
+    to the other, or `classes.txt`, a name per line, from 0 on. "unlabeled", "void" and "ignore" are no classes, nor is
+    `IGNORE`; several names of one class are parted by commas.
+
+    Raises:
+        BadImages: there is none, or it holds something else.
+    """
+    folder = _folder(data)
+    path = next((folder / name for name in CLASSES if (folder / name).is_file()), None)
+    if path is None:
+        raise BadImages(f"{folder} does not say what its mask values are called: {' or '.join(CLASSES)} is needed.")
+    if path.suffix == ".txt":
+        named: Any = dict(enumerate(path.read_text(encoding="utf-8").splitlines()))
+    else:
+        named = _json(path)
+    try:
+        found = {int(value): str(name).strip() for value, name in named.items()}
+    except (AttributeError, ValueError) as error:
+        raise BadImages(f'{path} must map mask values to names, as in {{"1": "person"}}: {error}.') from error
+    return {value: name for value, name in found.items() if name and name.lower() not in NO_CLASS and value != IGNORE}
 
 
 def labelled(data: str | Path) -> list[Sample]:

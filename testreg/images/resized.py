@@ -41,3 +41,10 @@ def edges(processor: Any, name: str) -> dict[str, int]:
     given = getattr(processor, name, None)
     pairs = dict(given).items() if given and not isinstance(given, (int, str)) else ()
     return {edge: pixels for edge, pixels in pairs if isinstance(pixels, int) and "pixels" not in edge}
+
+
+def at_side(processor: Any, side: int) -> Resized | None:
+    """`processor` with a shorter side of `side` pixels; None where it does not say its own."""
+    own = edges(processor, "crop_size") if getattr(processor, "do_center_crop", False) else {}
+    own = own or edges(processor, "size")
+    return resized(processor, side / min(own.values())) if own else None

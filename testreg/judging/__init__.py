@@ -1,4 +1,4 @@
-"""Was it worth it? A model without and with registers, measured, tabled and drawn.
+"""Was it worth it? A model without and with registers: measured, tabled and drawn.
 
 May import every room but `demo` and `cli`. Read `evaluation` first: each of its `tasks` measures the `arms`, which are
 the model with nothing, with registers and with what else could explain an effect. `reporting` and `pictures` show.

@@ -88,15 +88,16 @@ class Arm:
         """What the patches of one image are, each `(rows, columns, channels)` on the CPU, outliers repaired if so set.
 
         Args:
-            wanted: pairs of "keys" (of all heads side by side) or "states" (the block's output), and the block.
+            wanted: pairs of "keys" (of all heads side by side), "attended" (what the attention gives, by itself) or
+                "states" (the block's output), and the block.
         """
         tower = self.tower
-        kinds = {kind: {block for of, block in wanted if of == kind} for kind in ("keys", "states")}
-        # A block's keys are as its input is, so its outliers are those of the block before.
-        stands_out = {("keys", block): max(block - 1, 0) for block in kinds["keys"]}
+        kinds = {kind: {block for of, block in wanted if of == kind} for kind in ("keys", "attended", "states")}
+        # A block's attention is as its input is, so its outliers are those of the block before.
+        stands_out = {(kind, block): max(block - 1, 0) for kind in ("keys", "attended") for block in kinds[kind]}
         stands_out |= {("states", block): block for block in kinds["states"]}
         states = kinds["states"] | set(stands_out.values())
-        with observe(self.model, keys=kinds["keys"], states=states) as seen:
+        with observe(self.model, keys=kinds["keys"], attended=kinds["attended"], states=states) as seen:
             run(self.model, inputs)
 
         def patches(tokens: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ def report(
         "norms_chart": Markup(_norms_chart(before, after)),
         "histogram": Markup(_histogram(before, after, block, found.threshold.times)),
         "gallery": _gallery(pictures, before, after, block),
+        "nature": found.nature.sentences if found.nature else [],
         "attention": "Class-token attention" if find_tower(model).prefix else "Attention that each patch receives",
         "plan": None if plan is None else plan.to_dict(),
         "plan_text": "" if plan is None else str(plan),

@@ -47,6 +47,22 @@ def block_norms(norms: Sequence[Tensor], times: float, norm: float = 0.0) -> lis
     return [BlockNorms(*row) for row in zip(*(column.tolist() for column in (*columns, share, with_one)), strict=True)]
 
 
+def locked(outliers: Sequence[Tensor], often: float) -> tuple[float | None, tuple[int, ...]]:
+    """The patches that are outliers in a share `often` of the images, and which share of all outliers is there, 0..1.
+
+    Args:
+        outliers: which patches of each image are outliers, `(patches,)`.
+
+    Returns:
+        (None, ()) where images have different numbers of patches, so that places cannot be compared.
+    """
+    if len({len(row) for row in outliers}) != 1:
+        return None, ()
+    counts = torch.stack(list(outliers)).sum(0)  # (patches,)
+    there = counts >= max(1.0, often * len(outliers))
+    return float(counts[there].sum() / counts.sum().clamp(min=1)), tuple(there.nonzero().flatten().tolist())
+
+
 def interpolate(features: Tensor, outliers: Tensor) -> Tensor:
     """Features `(rows, columns, channels)` with outlier patches `(rows, columns)` replaced by their neighbours' mean.
 

@@ -55,6 +55,10 @@ class ImagesRepeated(UserWarning):
     """Many of the images given are the same."""
 
 
+class FamilyLeftOut(UserWarning):
+    """A package brings a family that cannot be had, or whose name is taken; the others are there."""
+
+
 class RandomNumbers(UserWarning):
     """A model draws random numbers in evaluation mode too."""
 

@@ -119,13 +119,19 @@ def _named(digests: Mapping[torch.dtype, Any]) -> dict[str, str]:
 
 
 def check_base(plan: RegisterPlan, model: nn.Module) -> None:
-    """Whether `plan` was found on the checkpoint that `model` holds; a plan that does not say so passes.
+    """Whether `plan` was found on the checkpoint that `model` holds; one that does not say so passes, unless it comes
+    from the hub.
 
     Raises:
-        BadPlan: it was found on other weights.
+        BadPlan: it was found on other weights, or a stranger's plan does not say on which.
     """
-    base = plan.provenance.get("base")
+    base, hub = plan.provenance.get("base"), plan.provenance.get("hub")
     if not isinstance(base, dict) or not isinstance(recorded := base.get("fingerprint"), dict):
+        if isinstance(hub, dict):
+            raise BadPlan(
+                f"the plan of {hub.get('name')} does not say on which weights it was found, so nothing vouches for it: "
+                f"take it only if you know whose it is, with RegisterPlan.load(..., force=True) (--force)."
+            )
         return
     actual = fingerprint(model, tower_of(model, plan))
     if not any(recorded.get(dtype) == digest for dtype, digest in actual.items()):

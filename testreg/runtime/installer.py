@@ -14,7 +14,7 @@ from torch import nn
 from .carrier import Carrier
 from .decoders import found_again, tower_of
 from .errors import AnotherModel, BadPlan, TestregError
-from .fingerprint import fits
+from .fingerprint import check_base, fits
 from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows
 from .guard import PATCHES, Guard, acting
 from .paths import path_to, reach, walk
@@ -31,7 +31,7 @@ def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
     Args:
         model: a Vision Transformer or a causal language model, whichever the plan is for, or a model that holds one;
             training mode, device and dtype may change afterwards.
-        found: the plan to apply, or the path of its file.
+        found: the plan to apply, the path of its file, or a name on the hub, `"owner/name"`.
 
     Returns:
         The patch: a context manager with `.remove()`, which restores every output bit for bit. Of several patches on
@@ -39,12 +39,17 @@ def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
 
     Raises:
         UnsupportedModel: no family describes the model.
-        BadPlan: the plan does not fit the model, or is none.
+        BadPlan: the plan does not fit the model, is none, or comes from the hub and was found on other weights.
 
     Warns:
         AnotherModel: the plan was found on other weights.
     """
-    return Patch(model, RegisterPlan.of(found))
+    whole = model if isinstance(model, nn.Module) else getattr(model, "model", model)  # the latter in a pipeline
+    plan = RegisterPlan.of(found, whole)
+    hub = plan.provenance.get("hub") if plan is found else None  # loaded here, it was checked already
+    if isinstance(hub, dict) and not hub.get("force"):  # a stranger's plan may fit the shapes, and no more
+        check_base(plan, whole)
+    return Patch(model, plan)
 
 
 def active(model: nn.Module) -> Patch | None:

@@ -22,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .errors import BadCheckpoint, TestregError
 from .guard import SavePretrained
-from .installer import patch
+from .installer import Patch
 from .packed import join as _join  # noqa: F401, transformers copies the files that are imported in this form
 from .plan import RegisterPlan
 from .recipe import MODEL_TYPE, PLAN, Recipe
@@ -177,7 +177,7 @@ def _load(directory: Path, recipe: Recipe, config: PreTrainedConfig, model_class
     del model.config.transformers_weights
     for name, weight in [*model.named_parameters(), *model.named_buffers()] if mixed and as_saved else []:
         weight.data = weight.data.to(dtypes.get(name, weight.dtype))
-    patch(model, plan)
+    Patch(model, plan)  # the recipe has vouched for the weights
     model.save_pretrained = SavePretrained(model, loaded=True)
     return (model, info) if wants_info else model
 

@@ -17,8 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import BadPlan
+from .hub import on_hub, sharing
 from .law import MOST_REGISTERS, Law
-from .values import at_rest, by_block, neurons_of, whole
+from .values import by_block, held, index, indices, resting
 
 FORMAT = "testreg-plan"
 VERSION = 2
@@ -70,16 +71,16 @@ class RegisterPlan:
             raise BadPlan(
                 f"neurons must map blocks to neurons, as in {{7: (417,)}}, not be a {type(self.neurons).__name__}."
             )
-        neurons = {whole(block, "a block"): neurons_of(row, block) for block, row in self.neurons.items()}
+        neurons = {index(block, "a block"): indices(row, block) for block, row in self.neurons.items()}
         object.__setattr__(self, "neurons", dict(sorted((block, row) for block, row in neurons.items() if row)))
         if self.rest is not None:
-            object.__setattr__(self, "rest", at_rest(self.rest, self.neurons))
-        registers, entry = whole(self.registers, "registers"), whole(self.entry, "entry")
+            object.__setattr__(self, "rest", resting(self.rest, self.neurons))
+        registers, entry = index(self.registers, "registers"), index(self.entry, "entry")
         if registers > MOST_REGISTERS:
             raise BadPlan(f"registers is {registers}; at most {MOST_REGISTERS} make sense, and usually 1 to 8.")
         object.__setattr__(self, "registers", registers)
         object.__setattr__(self, "entry", entry)
-        state = None if self.state is None else _state(self.state, registers)
+        state = None if self.state is None else held(self.state, registers)
         object.__setattr__(self, "state", state)
         form = _Form("dynamic" if state is None else "attention" if state.ndim == 3 else "constant")
         if self.form not in ("", form) and not isinstance(self.form, _Form):
@@ -159,8 +160,12 @@ class RegisterPlan:
         file.write_bytes(save(tensors, metadata))  # `save_file` makes a file that only its owner may read
 
     @classmethod
-    def of(cls, given: Any) -> RegisterPlan:
-        """A plan that was given as itself, as the path of its file, or as what `to_dict` gives of a dynamic one.
+    def of(cls, given: Any, model: Any = None) -> RegisterPlan:
+        """A plan that was given as itself, as the path of its file, as a name on the hub, or as what `to_dict` gives of
+        a dynamic one.
+
+        Args:
+            model: for which, of several on the hub.
 
         Raises:
             BadPlan: it is nothing of the kind, or `load` or `from_dict` refuses it.
@@ -168,7 +173,7 @@ class RegisterPlan:
         if isinstance(given, cls):
             return given
         if isinstance(given, (str, os.PathLike)):
-            return cls.load(os.fspath(given))
+            return cls.load(given, model=model if on_hub(given) else None)
         if isinstance(given, Mapping) and "neurons" in given:
             if given.get("form") in FORMS and given["form"] != "dynamic":
                 raise BadPlan(
@@ -188,12 +193,24 @@ class RegisterPlan:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> RegisterPlan:
-        """Read a file that `save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, model: Any = None, **hub: Any) -> RegisterPlan:
+        """Read a file that `save` wrote, or a plan that `push_to_hub` shared.
+
+        Args:
+            path: a file, a checkpoint with registers, or a repository of the hub: `"owner/name"`, with a revision
+                `"owner/name@v1"`, of several plans one `"owner/name:file.safetensors"`.
+            model: what the plan is for. Of several plans in a repository the one that was found on its weights is
+                taken, and a plan that was found on others refused.
+            hub: `filename`, `subfolder`, `revision`, `token`, `cache_dir` and whatever else `hf_hub_download` takes;
+                `force=True` takes a plan for any model. Without it, `patch` checks once more that a plan from the hub
+                was found on the weights that it is put on.
 
         Raises:
-            BadPlan: the file is missing, damaged, of an unknown version, or holds values out of range.
+            BadPlan: the plan is missing, damaged, of an unknown version, for other weights, or holds values out of
+                range.
         """
+        if hub or model is not None or Path(path).is_dir() or on_hub(path):
+            return sharing().load(path, model, **hub)
         try:
             with safe_open(Path(path).expanduser(), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -209,6 +226,23 @@ class RegisterPlan:
                 f"{path} cannot be read as a register plan: {error}. `testreg find --out` writes one."
             ) from error
         return cls.from_dict(values, state)
+
+    def push_to_hub(self, name: str, **settings: Any) -> str:
+        """Share the plan: the file, a card with the model, the numbers and a picture of norms, and a line in the list
+        of the repository's plans, by which `load(name, model=model)` finds it.
+
+        Args:
+            name: a repository of the hub, `"owner/name"`, of one plan or of many; made where it is not there.
+            settings: `filename`, by default after the model; `private`, `revision`, `token`; `force=True` replaces a
+                plan of other weights.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            BadPlan: the repository cannot be written, or has another model's plan of that name.
+        """
+        return sharing().push(self, name, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the state's numbers stay in their tensor."""
@@ -262,18 +296,3 @@ class _Form(str):
     """A form that a state's shape told; where `dataclasses.replace` hands it on with another state, it is no wish."""
 
     __slots__ = ()
-
-
-def _state(state: Any, registers: int) -> Tensor:
-    """The state of constant registers `(registers, channels)`, or of attention's `(blocks, registers, channels)`."""
-    state = torch.as_tensor(state).detach().to("cpu", torch.float32)
-    if state.ndim == 1:
-        state = state.expand(registers, -1)
-    if state.ndim not in (2, 3) or state.shape[-2] != registers:
-        raise BadPlan(
-            f"state has the shape {tuple(state.shape)}; {registers} registers need (channels,) or ({registers}, "
-            f"channels) to join as tokens, or (blocks from entry on, {registers}, channels) in attention alone."
-        )
-    if not state.isfinite().all():
-        raise BadPlan("state holds NaN or infinity; the images or the weights that it was measured on are broken.")
-    return state.clone()

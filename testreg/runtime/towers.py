@@ -11,6 +11,7 @@ from . import families
 from .errors import UnsupportedModel
 from .families import REFUSED, Family
 from .guess import NAME, class_tokens, unknown, width
+from .outside import add as add_brought
 from .paths import each, reach
 
 NATIVE = ("register_token", "storage_token", "reg_token")  # in the names of native registers
@@ -71,14 +72,9 @@ def find_tower(model: nn.Module) -> Tower:
             "nn.DataParallel copies a model to other devices at every call, its patch not among the copies: use "
             "DistributedDataParallel, or patch model.module on one device."
         )
-    towers: list[Tower] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
-            continue  # inside a tower that is already found
-        for name, family in families.FAMILIES.items():
-            if belongs(module, family):
-                towers.append(resolve(path, module, name, family))
-                break
+    towers = _towers(model)
+    if not towers and add_brought(families.FAMILIES, Family):
+        towers = _towers(model)
     if not towers:
         known = ", ".join(families.FAMILIES)
         raise UnsupportedModel(
@@ -90,6 +86,18 @@ def find_tower(model: nn.Module) -> Tower:
             f"pass one of them, as in testreg.find(model.{towers[0].path}, images)."
         )
     return towers[0]
+
+
+def _towers(model: nn.Module) -> list[Tower]:
+    towers: list[Tower] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{tower.path}.") or not tower.path for tower in towers):
+            continue  # inside a tower that is already found
+        for name, family in families.FAMILIES.items():
+            if belongs(module, family):
+                towers.append(resolve(path, module, name, family))
+                break
+    return towers
 
 
 def belongs(module: nn.Module, family: Family) -> bool:

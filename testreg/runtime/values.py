@@ -1,4 +1,4 @@
-"""What the values of a plan may be: whole numbers, neurons by block, and what each has at rest."""
+"""A plan's numbers as they come from a user or a file: checked, since a file is a stranger's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import BadPlan
 
@@ -21,7 +22,7 @@ def by_block(values: Any, name: str) -> dict[int, Any]:
     return {int(block): row for block, row in values.items()}
 
 
-def at_rest(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[float, ...]]:
+def resting(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[float, ...]]:
     rows = rest if isinstance(rest, Mapping) and all(isinstance(row, (list, tuple)) for row in rest.values()) else {}
     if {block: len(row) for block, row in rows.items()} != {block: len(row) for block, row in neurons.items()}:
         raise BadPlan(f"rest must hold one number per register neuron, {dict(neurons)}, not {rest!r:.200}.")
@@ -31,17 +32,32 @@ def at_rest(rest: Any, neurons: Mapping[int, tuple[int, ...]]) -> dict[int, tupl
     return {block: tuple(map(float, rows[block])) for block in neurons}
 
 
-def whole(value: Any, name: str) -> int:
+def index(value: Any, name: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < 2**63:
         huge = isinstance(value, int) and value.bit_length() > 64
         raise BadPlan(f"{name} must be a whole number from 0, not {'one of many digits' if huge else repr(value)}.")
     return value.__index__()
 
 
-def neurons_of(row: Any, block: Any) -> tuple[int, ...]:
+def indices(row: Any, block: Any) -> tuple[int, ...]:
     if isinstance(row, (str, bytes)) or not hasattr(row, "__iter__"):
         raise BadPlan(f"the neurons of block {block} must be a sequence of whole numbers, not {row!r}.")
-    indices = sorted(whole(value, f"a neuron of block {block}") for value in row)
-    if len(set(indices)) != len(indices):
-        raise BadPlan(f"block {block} names a neuron twice: {indices}.")
-    return tuple(indices)
+    found = sorted(index(value, f"a neuron of block {block}") for value in row)
+    if len(set(found)) != len(found):
+        raise BadPlan(f"block {block} names a neuron twice: {found}.")
+    return tuple(found)
+
+
+def held(state: Any, registers: int) -> Tensor:
+    """The state of constant registers `(registers, channels)`, or of attention's `(blocks, registers, channels)`."""
+    state = torch.as_tensor(state).detach().to("cpu", torch.float32)
+    if state.ndim == 1:
+        state = state.expand(registers, -1)
+    if state.ndim not in (2, 3) or state.shape[-2] != registers:
+        raise BadPlan(
+            f"state has the shape {tuple(state.shape)}; {registers} registers need (channels,) or ({registers}, "
+            f"channels) to join as tokens, or (blocks from entry on, {registers}, channels) in attention alone."
+        )
+    if not state.isfinite().all():
+        raise BadPlan("state holds NaN or infinity; the images or the weights that it was measured on are broken.")
+    return state.clone()

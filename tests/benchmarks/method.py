@@ -144,6 +144,10 @@ def only_scan(model: torch.nn.Module, images: torch.Tensor, batch_size: int) -> 
         scan(model, find_tower(model), stream(images, batch_size=batch_size))
 
 
+def find_at_one_size(model: torch.nn.Module, images: torch.Tensor, batch_size: int) -> None:
+    testreg.find(model, images, batch_size=batch_size, sizes=())
+
+
 def whole_find(model: torch.nn.Module, images: torch.Tensor, batch_size: int) -> None:
     testreg.find(model, images, batch_size=batch_size)
 
@@ -154,15 +158,15 @@ def measure(setting: Callable[..., Any]) -> None:
     model, images, batch_size = setting()
     plain(model, images[:batch_size], batch_size)
     rows = []
-    for arm in (plain, only_scan, whole_find, plain):
+    for arm in (plain, only_scan, find_at_one_size, whole_find, plain):
         cpu, wall = time.process_time(), time.perf_counter()
         arm(model, images, batch_size)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
         rows.append((time.process_time() - cpu, time.perf_counter() - wall, memory))
-    first, scanned, found, last = rows
+    first, scanned, at_one, found, last = rows
     cpu, wall, memory = (first[0] + last[0]) / 2, (first[1] + last[1]) / 2, first[2]
     print(f"| {setting.__doc__} | plain | {cpu:.1f} s | {wall:.1f} s | {memory:.0f} MiB |")
-    for name, row in (("scan", scanned), ("find", found)):
+    for name, row in (("scan", scanned), ("find, one size", at_one), ("find", found)):
         print(f"| | {name} | {row[0] / cpu:.2f} | {row[1] / wall:.2f} | {row[2] / memory:.2f} |", flush=True)
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers as hf
-from artefact import BLOCK, NEURON
 from bakeable import largest
 from bakeable_timm import EVA, MODELS, SIZE, SMALL, build, photos, planted
 from torch.nn.functional import cosine_similarity
@@ -13,6 +12,7 @@ from testreg import RegisterPlan, UnsupportedModel
 from testreg.export.bake import algebra, bake, export_stock, fit
 from testreg.finding.observe import observe, run
 from testreg.runtime.towers import find_tower
+from testreg.testing.planting import BLOCK, NEURON
 
 timm = pytest.importorskip("timm")
 

@@ -17,12 +17,12 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import testreg
 from testreg import BadImages, BadPlan, RegisterPlan
-from testreg.finding.observe import run
 from testreg.finding.trial import Threshold
 from testreg.images import labels
 from testreg.judging.arms import arms, random_neurons
 from testreg.judging.evaluation import Row, _line, evaluate
-from testreg.judging.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe
+from testreg.judging.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe, SegmentText
+from testreg.judging.tasks.base import ask
 from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({1: (3, 5), 2: (7,)}, registers=2)
@@ -31,6 +31,9 @@ SMALL = {
     "discovery": Discovery(side=32),
     "attention": Attention(side=32),
     "probe": Probe(side=32, seeds=2, steps=5),
+    "segment-text": SegmentText(
+        side=32, classes={1: "cat", 2: "dog"}, tokenizer=lambda prompts, **settings: tokens(prompts)
+    ),
 }
 VOC = "<annotation><filename>{}</filename>{}</annotation>"
 OBJECT = (
@@ -241,14 +244,21 @@ def test_the_interpolating_arm_repairs_what_is_read_where_the_block_before_has_o
 # Tasks and the table
 
 
+def tokens(prompts):
+    """A word for each prompt, between a beginning and an end."""
+    return {"input_ids": torch.tensor([[62, 2 + len(prompt), 63] for prompt in prompts])}
+
+
 def folder_of(task, data):
     return data / ("classes" if task == "classify" else "")
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_judges_every_arm_on_the_same_photos(task, model, data):
+    if task == "segment-text":
+        model, _ = zoo.build("CLIPModel")
     model.config.id2label = {0: "cat", 1: "dog", 2: "x", 3: "y", 4: "z"}
-    before = run(model, zoo.images()(2), whole=True).logits
+    before = ask(model, zoo.images()(2))[1]
     table = evaluate(model, folder_of(task, data), SMALL.get(task, task), plan=PLAN, processor=PROCESSOR)
     names = {row.arm for row in table} - {"floor"}
     wanted = {arm.name for arm in arms(model, PLAN, processor=PROCESSOR)}
@@ -262,7 +272,7 @@ def test_every_task_judges_every_arm_on_the_same_photos(task, model, data):
         assert row.images == table.of("unpatched", row.metric).images
     if task in ("agreement", "attention"):  # whose values are continuous
         assert len({table.of(arm).value for arm in ("unpatched", "patched", "random neurons instead")}) == 3
-    assert torch.equal(run(model, zoo.images()(2), whole=True).logits, before)
+    assert torch.equal(ask(model, zoo.images()(2))[1], before)
     assert testreg.active(model) is None
 
 

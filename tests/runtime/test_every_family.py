@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from artefact import BLOCK, IMAGES, NEURON, marked, norms, plant
-from torch import Tensor
-from zoo import FIRST, build, tensors
+from zoo import FIRST, ROWS, build, tensors
 
 import testreg
-from testreg.finding.detect import rank, valley
-from testreg.finding.scan import scan
-from testreg.finding.search import located
-from testreg.images.streaming import Batch
 from testreg.runtime.towers import find_tower
+from testreg.testing import check_planted
+
+BLOCK, NEURON = 1, 7
 
 
 @pytest.mark.parametrize("name", FIRST)
 def test_planted_neurons_are_found_moved_and_gone(name):
-    model, _ = build(name)
-    inputs, special = marked(name)
-    tower = find_tower(model)
-    clean = norms(model, inputs)
-    tokens = clean.shape[-1]
-    if special.shape[1] != tokens:
-        special = special.repeat(1, tokens // special.shape[1])  # videos: the patch is loud in every frame
-    if name == "ViTMAEModel":
-        order = inputs["noise"].argsort(1)
-        special = special.gather(1, order)
-    if name == "MaskedAutoencoderViT":
-        special = special[:, model.noise[0].argsort()]
-    plant(model, inputs, torch.cat([torch.zeros(IMAGES, tower.prefix, dtype=torch.bool), special], 1))
-    spoilt = norms(model, inputs)
-    threshold = 5 * spoilt[BLOCK].median()
-    assert (clean < threshold).all()
-    assert (spoilt[BLOCK:, special] > threshold).all()
-    assert ((spoilt[BLOCK:] > threshold) == special).float().mean() > 0.9  # without bias it fires elsewhere, too
-
-    given = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
-    seen, sample = scan(model, tower, [Batch(given, tuple(map(str, range(IMAGES))))])
-    found = located(seen, valley(seen))
-    ranking = rank(model, tower, list(sample), found, IMAGES, blocks=range(len(tower.blocks)), entries=())
-    assert (ranking.candidates[0].block, ranking.candidates[0].neuron) == (BLOCK, NEURON)
-
-    state = spoilt.new_ones(tower.channels)
-    for plan in (
-        testreg.RegisterPlan({BLOCK: (NEURON,)}, registers=2),
-        testreg.RegisterPlan({BLOCK: (NEURON,)}, registers=2, entry=BLOCK + 1, state=state),
-    ):
-        with testreg.patch(model, plan):
-            assert (norms(model, inputs) < threshold).all()
+    check_planted(build(name)[0], ROWS[name].inputs)
 
 
 @pytest.mark.parametrize("name", FIRST)

@@ -19,6 +19,7 @@ from testreg import FAMILIES, Family, RegisterPlan, UnsupportedModel, patch
 from testreg.runtime.families import REFUSED
 from testreg.runtime.paths import each, reach
 from testreg.runtime.towers import find_tower
+from testreg.testing import check_tower, norms
 
 
 def test_every_family_has_tiny_models_and_every_tiny_model_a_family():
@@ -48,23 +49,9 @@ def test_the_tower_is_what_the_row_says(family, name):
     tower = find_tower(model)
     assert tower.family == family
     assert model.get_submodule(tower.path) is tower.module
-    blocks = len(tower.blocks)
-    assert len(tower.downs) == len(tower.attentions) == len(tower.neurons) == blocks >= BLOCKS
-    widths: dict[int, tuple] = {}
-    for index, (block, down) in enumerate(zip(tower.blocks, tower.downs, strict=True)):
-        down.register_forward_pre_hook(
-            lambda _, args, index=index: widths.update({index: tower.batched(args[0]).shape})
-        )
-        block.register_forward_hook(
-            lambda _, args, output, index=index: widths.update({-1 - index: tuple(tower.batched(output).shape)})
-        )
-    with torch.no_grad():
-        model(**inputs)
-    for index in range(blocks):
-        batch, tokens, channels = widths[-1 - index]
-        assert channels == tower.channels
-        assert widths[index] == (batch, tokens, tower.neurons[index])  # the neurons of the same tokens
-        assert tokens - tower.prefix in (4, 16, 32)  # a quarter of an image, an image, a video
+    assert len(tower.downs) == len(tower.attentions) == len(tower.neurons) == len(tower.blocks) >= BLOCKS
+    check_tower(model, inputs)
+    assert norms(model, inputs).shape[-1] in (4, 16, 32)  # a quarter of an image, an image, a video
 
 
 @pytest.mark.parametrize(

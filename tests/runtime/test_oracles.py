@@ -8,11 +8,10 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.nn import functional
 from zoo import CHANNELS, DINO, ROWS, SMALL, VISION, attention, build, images, padded, part_masked, scale, tensors
 
 from testreg import RegisterPlan, patch
-from testreg.runtime.towers import Tower, find_tower
+from testreg.testing import check_hidden_registers
 
 
 def run(model: nn.Module, inputs: dict | Tensor, **more) -> dict[str, Tensor]:
@@ -110,53 +109,10 @@ def test_timm_equals_timm_with_native_registers(registers, kind, kind_of_model, 
 
 
 @pytest.mark.parametrize("name", list(ROWS))
-def test_registers_that_nobody_attends_to_change_nothing(name, monkeypatch):
-    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)  # it calls no function of Python's
+def test_registers_that_nobody_attends_to_change_nothing(name):
     model, inputs = build(name)
-    tower, registers = find_tower(model), 3
-    sizes = (inputs, *(other(2) for other in ROWS[name].other))
-    for kind, (index, given) in product(("sdpa", "eager"), enumerate(sizes)):
-        at = f"{kind}, inputs {index}"
-        attention(model, kind)
-        wanted = run(model, given)
-        lengths: list[int] = []
-        with patch(model, plan(registers, "zeros")), monkeypatch.context() as hiding:
-            handle = tower.blocks[0].register_forward_hook(_note(tower, lengths))
-            run(model, given)
-            handle.remove()
-            calls = _hide(hiding, lengths[0] + registers, registers)
-            found = run(model, given)
-        assert len(calls) == len(tower.blocks), at
-        assert found.keys() == wanted.keys(), at
-        for path in wanted:
-            close(found[path], wanted[path], f"{at}, {path}")
-
-
-def _note(tower: Tower, lengths: list[int]):
-    return lambda module, args, output: lengths.append(tower.batched(output).shape[1])
-
-
-def _hide(hiding: pytest.MonkeyPatch, length: int, registers: int) -> list[str]:
-    """Attention over `length` tokens then leaves out the first `registers` keys; the list counts how often it did."""
-    calls: list[str] = []
-    softmax, fused = Tensor.softmax, functional.scaled_dot_product_attention
-
-    def hidden_softmax(scores: Tensor, *args, **more) -> Tensor:
-        if scores.shape[-2:] == (length, length):
-            calls.append("softmax")
-            scores = torch.cat([torch.full_like(scores[..., :registers], float("-inf")), scores[..., registers:]], -1)
-        return softmax(scores, *args, **more)
-
-    def hidden_fused(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *args, **more) -> Tensor:
-        if key.shape[-2] == query.shape[-2] == length:
-            calls.append("fused")
-            key, value = key[..., registers:, :], value[..., registers:, :]
-            attn_mask = attn_mask if attn_mask is None else attn_mask[..., registers:]
-        return fused(query, key, value, attn_mask, *args, **more)
-
-    hiding.setattr(Tensor, "softmax", hidden_softmax)
-    hiding.setattr(functional, "scaled_dot_product_attention", hidden_fused)
-    return calls
+    for kind, given in product(("sdpa", "eager"), (inputs, *(other(2) for other in ROWS[name].other))):
+        check_hidden_registers(model, given, kind)
 
 
 # Padding

@@ -4,10 +4,11 @@ from .base import Measure, Measures, Task
 from .classification import Classify
 from .discovery import Discovery
 from .segmentation import Attention, Probe
+from .text_segmentation import SegmentText
 from .unlabelled import Agreements, Outliers, SinkRates
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Outliers, SinkRates, Agreements, Discovery, Attention, Probe, Classify)
+    task.name: task for task in (Outliers, SinkRates, Agreements, Discovery, Attention, Probe, SegmentText, Classify)
 }
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Measures",
     "Outliers",
     "Probe",
+    "SegmentText",
     "SinkRates",
     "Task",
 ]

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ... import metrics
 from ...images import labels
 from ...images.labels import Sample
-from ...runtime.errors import BadImages
 from ..arms import Arm
+from ..dense import texts
 from .base import Measure, Measures, Task, ask
 
 
@@ -57,7 +56,8 @@ class Classify(Task):
         if kinds == {"logits"} and columns is not None:
             found["top-1 of the head"] = metrics.top1(output, torch.tensor(columns)[target])
         if kinds == {"image_embeds"}:
-            found["zero-shot top-1"] = metrics.zero_shot(output, self._texts(arm.model)) == target
+            prompts = [self.prompt.format(name.replace("_", " ")) for name in self.classes]
+            found["zero-shot top-1"] = metrics.zero_shot(output, texts(arm.model, prompts, self.tokenizer)) == target
         return {name: hits.float().numpy() for name, hits in found.items()}
 
     def measure(self, seen: dict[str, np.ndarray], unpatched: object) -> Measures:
@@ -67,23 +67,6 @@ class Classify(Task):
         names = [sample.label for sample in samples]
         most = max(set(names), key=names.count)
         return {"always the most common class": Measure(np.array([n == most for n in names], float), kind="floor")}
-
-    def _texts(self, model: Any) -> Tensor:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            from transformers import AutoTokenizer  # slow to import, and most models read no text
-
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-            except Exception as error:  # whatever a missing or damaged file raises
-                raise BadImages(
-                    f"no tokenizer lies with {model.name_or_path!r}: pass Classify(tokenizer=...)."
-                ) from error
-        prompts = [self.prompt.format(name.replace("_", " ")) for name in self.classes]
-        tokens = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            found = model.get_text_features(**tokens)
-        return getattr(found, "pooler_output", found).float().cpu()
 
 
 def _columns(model: Any, classes: list[str]) -> list[int] | None:

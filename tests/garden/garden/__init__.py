@@ -1,0 +1,1 @@
+"""A Vision Transformer that testreg does not know, and the row that tells it."""

@@ -1,0 +1,171 @@
+"""The census: rows with known answers, a row for what fails, resumption, and tables that come back as they went."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+import transformers
+from commands import run
+from PIL import Image
+
+import testreg
+from testreg.demo.planted import plant
+from testreg.judging import census as module
+from testreg.judging.census import census, markdown, read, write
+from testreg.runtime.errors import TestregError
+
+SHAPE = {
+    "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 96,
+    "image_size": 96, "patch_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Photos, a planted model, a clean one, and a broken one."""
+    folder = tmp_path_factory.mktemp("census")
+    (folder / "photos").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(8):
+        pixels = torch.randint(0, 256, (96, 96, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "photos" / f"{index}.png")
+    processor = transformers.ViTImageProcessorPil(size={"height": 96, "width": 96})
+    for name in ("planted", "clean"):
+        torch.manual_seed(0)
+        model = transformers.ViTModel(transformers.ViTConfig(**SHAPE)).eval()
+        if name == "planted":
+            plant(model, where="corners")
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    return folder
+
+
+def models(here, *names):
+    return [str(here / name) for name in names]
+
+
+def load(name):
+    return testreg.checkpoints.load_base(name)
+
+
+def test_a_row_says_what_inspect_says(here):
+    rows = census(models(here, "planted", "clean"), here / "photos", load=load)
+    seen = testreg.inspect(load(str(here / "planted")), here / "photos")
+    planted, clean = rows
+    assert planted["verdict"] == "artefact"
+    assert planted["outliers"] == seen.artefact.share == pytest.approx(4 / 144)
+    assert (planted["where"], planted["states"], planted["block"]) == ("position", 1, seen.artefact.block)
+    assert planted["values"] == pytest.approx(seen.nature.values)
+    assert planted["attention"] == pytest.approx(seen.nature.attention)
+    assert planted["times"] == seen.ratios[seen.artefact.shown]
+    assert (clean["verdict"], clean["outliers"], clean["where"], clean["reason"]) == ("none", None, None, None)
+    assert planted["photos"].startswith("8 (")
+
+
+def test_one_that_fails_is_a_row_with_its_reason_and_the_others_are_there(here):
+    rows = census(models(here, "broken", "nowhere", "planted"), here / "photos", load=load)
+    assert [row["verdict"] for row in rows] == ["failed", "failed", "artefact"]
+    assert "config.json" in rows[0]["reason"]
+    assert "nowhere" in rows[1]["reason"]
+    assert all(len(row["reason"]) <= module.LONGEST + 3 for row in rows[:2])
+
+
+def test_several_sizes(here):
+    rows = census(models(here, "planted"), here / "photos", load=load, sizes=(None, 48, 192))
+    assert [row["size"] for row in rows] == ["own", "48", "192"]
+    assert rows[0]["outliers"] == pytest.approx(4 / 144)
+    seen = testreg.inspect(load(str(here / "planted")), here / "photos", **module.at(load(str(here / "planted")), 192))
+    assert rows[2]["outliers"] == (seen.artefact.share if seen.artefact else None)
+    (clean,) = census(models(here, "planted"), here / "photos", load=load, sizes=(3,))
+    assert clean["verdict"] == "failed"  # no patch fits into it
+
+
+@pytest.mark.parametrize("ending", module.TABLES)
+def test_it_goes_on_where_it_stopped(here, tmp_path, ending):
+    out, loaded = tmp_path / f"census{ending}", []
+
+    def counting(name):
+        loaded.append(name.split("/")[-1])
+        if len(loaded) == 3:
+            raise KeyboardInterrupt
+        return load(name)
+
+    everyone = models(here, "planted", "broken", "clean")
+    with pytest.raises(KeyboardInterrupt):
+        census(everyone, here / "photos", load=counting, out=out)
+    assert [row["verdict"] for row in read(out)] == ["artefact", "failed"]
+    rows = census(everyone, here / "photos", load=counting, out=out)
+    assert loaded == ["planted", "broken", "clean", "broken", "clean"]  # what failed is tried again
+    assert [row["verdict"] for row in rows] == ["artefact", "failed", "none"]
+    assert float(rows[0]["outliers"]) == pytest.approx(4 / 144, abs=5e-5)
+    before = out.read_bytes()
+    assert len(census(models(here, "clean", "planted"), here / "photos", load=counting, out=out)) == 3
+    assert loaded[5:] == []
+    assert out.read_bytes() == before
+
+
+def test_other_photos_are_other_rows(here, tmp_path):
+    (tmp_path / "few").mkdir()
+    for index in range(2):
+        (tmp_path / "few" / f"{index}.png").write_bytes((here / "photos" / f"{index}.png").read_bytes())
+    out = tmp_path / "census.json"
+    census(models(here, "planted"), here / "photos", load=load, out=out)
+    rows = census(models(here, "planted"), tmp_path / "few", load=load, out=out)
+    assert [row["photos"][0] for row in rows] == ["8", "2"]
+    assert [row["where"] for row in rows] == ["position", "unknown"]
+
+
+def test_tables_come_back_as_they_went(tmp_path):
+    row = dict.fromkeys(module.COLUMNS)
+    row |= {"model": "a|b", "size": "own", "photos": "8 (0)", "verdict": "artefact", "outliers": 0.0201, "times": 50.04}
+    row |= {"threshold": "3.4 times the median norm of an image", "native": 0}
+    write([row], tmp_path / "t.json")
+    assert read(tmp_path / "t.json") == [row]
+    write([row], tmp_path / "t.csv")
+    (back,) = read(tmp_path / "t.csv")
+    assert (back["model"], back["outliers"], back["plan"]) == ("a|b", "0.0201", None)
+    assert next(csv.reader((tmp_path / "t.csv").read_text().splitlines())) == list(module.COLUMNS)
+    text = markdown([row])
+    assert text.splitlines() == [
+        "| model | size | artefact? | outliers | largest / median | threshold | photos |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| a/b | own | artefact | 2.01 % | 50 | 3.4 × median | 8 (0) |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.json", "[1]"), ("t.json", "{"), ("t.csv", "a,b\n1,2\n"), ("t.md", "# My notes\n"), ("t.md", ""),
+     ("t.md", "| a | b |\n| --- | --- |\n| 1 | 2 |\n")],
+)  # fmt: skip
+def test_what_is_no_census_is_not_written_over(here, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TestregError, match="holds no census, so nothing was written"):
+        census(models(here, "clean"), here / "photos", load=load, out=tmp_path / name)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_plan_that_exists_is_named(here, monkeypatch):
+    monkeypatch.setattr(module, "has_plan", lambda model, plans: f"{plans[0]}:vit.safetensors")
+    (row,) = census(models(here, "planted"), here / "photos", load=load, plans=("me/plans",))
+    assert row["plan"] == "me/plans:vit.safetensors"
+
+
+def test_the_command_line(here, tmp_path):
+    out = tmp_path / "census.md"
+    said = run("inspect", *models(here, "planted", "broken"), "--images", here / "photos", "--out", out).output
+    assert f"Table in {out}." in said
+    assert out.read_text().count("\n") == 4
+    said = run("inspect", here / "planted", here / "clean", "--images", here / "photos", "--json").stdout
+    assert [row["verdict"] for row in json.loads(said)] == ["artefact", "none"]
+    said = run("inspect", here / "broken", "--images", here / "photos", "--out", tmp_path / "b.csv", code=1).output
+    assert "none of the models could be looked at" in said
+    assert run("inspect", here / "clean", "--images", here / "photos", "--out", tmp_path / "b.txt", code=1)
+    assert run("inspect", here / "clean", here / "planted", "--text", here / "none.txt", code=2)
+    at = json.loads(run("inspect", here / "planted", "--images", here / "photos", "--size", "192", "--json").stdout)
+    assert at["family"] == "vit"
