@@ -15,6 +15,7 @@ OPERANDS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
     functional.linear: (("input", "weight", "bias"), ("input", "weight")),
     torch.addmm: (("input", "mat1", "mat2"), ("mat1", "mat2")),  # Conv1D of GPT-2, its weight lying transposed
 }
+SMALL = 1e-5  # a channel that is nothing
 PACKED = functional.multi_head_attention_forward
 
 
@@ -51,6 +52,22 @@ class Linears(TorchFunctionMode):
         tokens, rest[2] = self.meet(self.names[id(rest[2])], query, rest[2])
         _, rest[8] = self.meet(self.names[id(rest[8])], None, rest[8])
         return tokens, tokens if key is query else key, tokens if value is query else value, *rest
+
+
+ALPHA = 0.9
+
+
+def evening(largest: Tensor, weights: Tensor) -> Tensor:
+    """What each channel in front of a linear is divided by, and its weights multiplied with: one scale then fits all.
+
+    SmoothQuant (arXiv 2211.10438), equation 4. Its alpha of 0.5 shares the burden with the weights; where each output
+    channel has a scale of its own they bear nearly all of it.
+
+    Args:
+        largest: the channels' largest magnitude `(channels,)`.
+        weights: that of the weights that read them `(channels,)`.
+    """
+    return largest.clamp(min=SMALL) ** ALPHA / weights.clamp(min=SMALL) ** (1 - ALPHA)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:

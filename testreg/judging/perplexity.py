@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..finding.observe import run
 from ..finding.still import quiet
 from ..finding.text_trial import losses_of
 from ..runtime.decoders import find_decoder
@@ -178,7 +180,7 @@ def _scored(model: Any, arm: Arm, scored: Tensor, ranges: Tensor, progress: bool
     state: AbstractContextManager[Any] = nullcontext()
     if arm.scheme is not None:
         batches: Iterator[dict[str, Tensor]] = ({"input_ids": begun(ids[None])} for ids in ranges)
-        state = quantised(model, arm.scheme, batches)
+        state = quantised(model, arm.scheme, batches, partial(run, whole=True))
     rows = []
     with state:
         for ids in tqdm(scored, desc=arm.name, unit="", leave=False, disable=not progress):

@@ -7,16 +7,16 @@ linears stays in float, as in the usual int8 of transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..finding.linears import Linears, linears
-from ..finding.observe import run
+from ..finding.linears import Linears, evening, linears
 from ..runtime.errors import TestregError
+from .asking import ask
 
 FP8 = getattr(torch, "float8_e4m3fn", None)
 SMALLEST = 1e-12  # a scale; a tensor of zeros has one too
@@ -32,6 +32,8 @@ class Scheme:
         per_token: one range for each token, taken as it comes (dynamic); otherwise one for each linear's input, from
             calibration images (static). With a zero point.
         clip: static ranges end where this share of an image's values lies inside, 0.5..1; None = at the extremes.
+        even: static ranges are of channels that were given sizes that one scale can hold (see
+            `testreg.finding.linears.evening`), as `testreg.export.export_int8` does it.
     """
 
     weights: int | str
@@ -39,6 +41,7 @@ class Scheme:
     per_channel: bool = False
     per_token: bool = False
     clip: float | None = None
+    even: bool = False
 
     def __post_init__(self) -> None:
         for name, bits in (("weights", self.weights), ("activations", self.activations)):
@@ -48,6 +51,8 @@ class Scheme:
                 raise TestregError(f"{name} have {bits!r} bits; 2 to 8 can be simulated, 16 change nothing, or fp8.")
         if self.clip is not None and not 0.5 < self.clip <= 1:
             raise TestregError(f"clip is {self.clip}; it is the share of values that stay, as in 0.9999.")
+        if self.even and (self.clip is not None or self.per_token):
+            raise TestregError("even is for static ranges that end at the extremes: leave out clip and per_token.")
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> Scheme:
@@ -70,7 +75,7 @@ class Scheme:
     def __str__(self) -> str:
         bits = "fp8" if self.weights == self.activations == "fp8" else f"w{self.weights}a{self.activations}"
         kept = f", clipped at {100 * self.clip:g} %" if self.clip and self.static else ""
-        return f"{bits}{' per channel' * self.per_channel}{' per token' * self.per_token}{kept}"
+        return f"{bits}{' per channel' * self.per_channel}{' evened' * self.even}{' per token' * self.per_token}{kept}"
 
 
 def weight_of(weight: Tensor, scheme: Scheme, axis: int = 0) -> Tensor:
@@ -115,76 +120,109 @@ def _fp8(values: Tensor, largest: Tensor) -> Tensor:
 
 
 class Ranges(Linears):
-    """Ends of what reaches each linear in the forward passes inside the `with`, by its name."""
+    """Ends of what reaches each linear in the forward passes inside the `with`, by its name.
+
+    Attributes:
+        ends: lows and highs, of every channel `(channels,)`; or, clipped, of all together `()`, means over images.
+        images: how many each is of.
+
+    Args:
+        clip: see `Scheme`.
+    """
 
     def __init__(self, model: nn.Module, clip: float | None = None):
         super().__init__(model)
         self.clip = clip
-        self.ends: dict[str, list[Tensor]] = {}  # low, high and how many images these are of
+        self.ends: dict[str, tuple[Tensor, Tensor]] = {}
+        self.images: dict[str, int] = {}
 
     def meet(self, name: str, tokens: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-        for image in () if tokens is None else tokens:
-            self._add(name, image.flatten().float())
+        self.images.setdefault(name, 0)
+        if tokens is not None:
+            for image in tokens if tokens.ndim > 2 else [tokens]:
+                self._add(name, image.float())  # (tokens, channels)
         return tokens, weight
 
     def _add(self, name: str, values: Tensor) -> None:
+        seen = self.images[name]
         if self.clip is None:
-            low, high, seen = self.ends.get(name, [values[0], values[0], values.new_zeros(())])
-            self.ends[name] = [torch.minimum(low, values.amin()), torch.maximum(high, values.amax()), seen + 1]
-            return
-        outside = max(1, int((1 - self.clip) / 2 * len(values)) + 1)  # at either end
-        ends = -(-values).topk(outside).values[-1], values.topk(outside).values[-1]
-        low, high, seen = self.ends.get(name, [values.new_zeros(())] * 3)
-        self.ends[name] = [
-            low + (ends[0] - low) / (seen + 1),
-            high + (ends[1] - high) / (seen + 1),
-            seen + 1,
-        ]  # means over images
+            low, high = values.amin(0), values.amax(0)
+            old = self.ends.get(name, (low, high))
+            self.ends[name] = torch.minimum(old[0], low), torch.maximum(old[1], high)
+        else:
+            outside = int((1 - self.clip) / 2 * values.numel()) + 1  # at either end
+            low, high = -(-values).flatten().topk(outside).values[-1], values.flatten().topk(outside).values[-1]
+            old = self.ends.get(name, (low, high))
+            self.ends[name] = old[0] + (low - old[0]) / (seen + 1), old[1] + (high - old[1]) / (seen + 1)
+        self.images[name] = seen + 1
 
 
 class Quantised(Linears):
-    """Inside the `with`, every linear of `model` computes as `scheme` says; the model itself stays as it is.
+    """Inside the `with`, linears of `model` compute as `scheme` says; the model itself stays as it is.
 
     Args:
-        ends: static ranges by the linears' names, as `Ranges` gives them.
+        ranges: as calibration images had them. Linears that these did not meet, those of a text tower for instance,
+            stay in float.
     """
 
-    def __init__(self, model: nn.Module, scheme: Scheme, ends: Mapping[str, list[Tensor]] | None = None):
+    def __init__(self, model: nn.Module, scheme: Scheme, ranges: Ranges):
         super().__init__(model)
-        self.scheme, self.ends = scheme, dict(ends or {})
+        self.scheme, self.ranges = scheme, ranges
         self.axes = {name: axis for name, _, axis in linears(model)}
         self.weights: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
 
     def meet(self, name: str, tokens: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor]:
+        if name not in self.ranges.images:
+            return tokens, weight
+        evened = self.scheme.even and tokens is not None
+        if evened and name not in self.scales:
+            self.scales[name] = self._scale(name, weight)
         if name not in self.weights:
-            self.weights[name] = weight_of(weight.detach(), self.scheme, self.axes[name])
+            axis = self.axes[name]
+            whole = weight.detach() * self._along(self.scales[name], axis) if evened else weight.detach()
+            self.weights[name] = weight_of(whole, self.scheme, axis)
+        weight = self.weights[name]
         if tokens is None or self.scheme.activations == 16:
-            return tokens, self.weights[name]
+            return tokens, weight
         if self.scheme.per_token:
             rows = tokens.flatten(0, -2)  # (tokens, channels)
-            return activation_of(tokens, self.scheme, rows.amin(1), rows.amax(1)), self.weights[name]
-        if name not in self.ends:
-            raise TestregError(f"{name} was not met on the calibration images, so it has no range.")
-        low, high, _ = self.ends[name]
-        return activation_of(tokens, self.scheme, low, high), self.weights[name]
+            return activation_of(tokens, self.scheme, rows.amin(1), rows.amax(1)), weight
+        low, high = self.ranges.ends[name]
+        if evened:
+            scale = self.scales[name]
+            tokens, low, high = tokens / scale, low / scale, high / scale
+        return activation_of(tokens, self.scheme, low.amin(), high.amax()), weight
+
+    def _scale(self, name: str, weight: Tensor) -> Tensor:
+        low, high = self.ranges.ends[name]
+        return evening(torch.maximum(-low, high), weight.detach().abs().amax(self.axes[name])).to(weight)
+
+    @staticmethod
+    def _along(scale: Tensor, axis: int) -> Tensor:
+        """A scale of input channels, for a weight whose output channels are on `axis`."""
+        return scale if axis == 0 else scale[:, None]
 
 
-def quantised(model: nn.Module, scheme: Scheme, batches: Iterable[Mapping[str, Tensor]] = ()) -> Quantised:
+def quantised(
+    model: nn.Module, scheme: Scheme, batches: Iterable[Mapping[str, Tensor]], ask: Callable[..., Any] = ask
+) -> Quantised:
     """`model`, patched or not, as it is now, calibrated on `batches` of its inputs.
 
+    Args:
+        ask: runs the model on a batch.
+
     Raises:
-        TestregError: the scheme is static, and none of the model's linears was met on any batch.
+        TestregError: no linear of the model was met on any batch.
     """
-    if not scheme.static:
-        return Quantised(model, scheme)
     with Ranges(model, scheme.clip) as ranges:
         for batch in batches:
-            run(model, batch, whole=True)
-    if not ranges.ends:
-        raise TestregError(f"{scheme} needs calibration images: pass some, or choose ranges per token.")
-    return Quantised(model, scheme, ranges.ends)
-
-
-def unclipped(scheme: Scheme) -> Scheme:
-    """The same with ranges that end at the extremes."""
-    return replace(scheme, clip=None)
+            ask(model, batch)
+            if not scheme.static:
+                break  # one batch tells which linears there are
+    if not ranges.images:
+        raise TestregError(
+            f"{scheme} found no linear of {type(model).__name__} to quantise: its linears are of a class of their own, "
+            f"or quantised already; give the model in float, and some calibration images."
+        )
+    return Quantised(model, scheme, ranges)

@@ -32,8 +32,8 @@ from ..runtime.installer import active, patch
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import find_tower
 from . import charts
+from .asking import ask
 from .pictures import BLANK, View, as_photo, clearest_block, first, photographs, views
-from .tasks.base import ask
 
 GALLERY = 8  # photos that are shown
 BINS_PER_DOUBLING = 4

@@ -14,8 +14,9 @@ from ... import metrics
 from ...images import labels
 from ...images.labels import Sample
 from ..arms import Arm
+from ..asking import ask
 from ..dense import texts
-from .base import Measure, Measures, Task, ask
+from .base import Measure, Measures, Task
 
 
 @dataclass

@@ -15,7 +15,8 @@ from ... import metrics
 from ...finding.observe import observe, run
 from ...images.labels import Sample
 from ..arms import USUAL, Arm
-from .base import Measure, Measures, Task, ask
+from ..asking import ask
+from .base import Measure, Measures, Task
 
 
 @dataclass
