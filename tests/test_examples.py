@@ -14,6 +14,7 @@ SAYS = {  # notebook -> what it prints, from numbers that it works out
     "object_discovery": r"CorLoc",
     "vision_language_model": r"projector gets: (?P<before>[\d.]+) before, (?P<after>[\d.]+) after",
     "adding_a_family": r"largest norm: (?P<before>\d+) before, (?P<after>\d+) after",
+    "language_model": r"largest norm: (?P<before>\d+) before, (?P<after>\d+) after",
     "extract_features": r"64 photos, 196 patches each; the largest norm is (?P<after>[\d.]+) times the median",
 }
 

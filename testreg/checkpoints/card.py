@@ -10,6 +10,16 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..runtime.plan import RegisterPlan
 
+SEES = (
+    "Register neurons write high-norm artefact patches; their activation is taken from the patches, and registers take "
+    "the artefacts' place. Every output keeps its shape. Method: Jiang et al., *Vision Transformers Don't Need Trained "
+    "Registers*, NeurIPS 2025 (arXiv 2506.08010), as made by testreg."
+)
+SPEAKS = (
+    "A few neurons make a token, usually the first, a sink with massive activations; here they rest, and constant keys "
+    "and values in front of every text take the sink's place. Every output keeps its shape. The neurons are found as "
+    "in Jiang et al., *Vision Transformers Don't Need Trained Registers*, NeurIPS 2025 (arXiv 2506.08010), by testreg."
+)
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag", "datasets", "language")
 
 
@@ -21,15 +31,14 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
         source: its own model card, from which the licence is carried over.
     """
     data, licence = metadata(base, "transformers", source)
+    auto = "AutoModelForCausalLM" if plan.language else "AutoModel  # or the Auto class of the task"
     lines = [
         f"# {base or architecture} with test-time registers",
         "",
         f"This is {f'`{base}`' if base else f'a `{architecture}`'} with registers added at test time, without "
         f"training: its weights are unchanged. {plan}.",
         "",
-        "Register neurons write high-norm artefact patches; their activation is taken from the patches, and "
-        "registers take the artefacts' place. Every output keeps its shape. Method: Jiang et al., *Vision Transformers "
-        "Don't Need Trained Registers*, NeurIPS 2025 (arXiv 2506.08010), as made by testreg.",
+        SPEAKS if plan.language else SEES,
         "",
         "## Load it",
         "",
@@ -42,9 +51,9 @@ def card(plan: RegisterPlan, architecture: str, base: str, source: Path | None) 
         "or without testreg, from the code that lies in this repository:",
         "",
         "```python",
-        "from transformers import AutoModel  # or the Auto class of the task",
+        f"from transformers import {auto}",
         "",
-        'model = AutoModel.from_pretrained("PATH_OR_HUB_NAME", trust_remote_code=True)',
+        f'model = {auto.split()[0]}.from_pretrained("PATH_OR_HUB_NAME", trust_remote_code=True)',
         "```",
         "",
         "A stock class, such as `" + architecture + "`, refuses these files: it would lose the registers.",

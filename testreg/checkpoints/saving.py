@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .. import runtime
 from ..runtime import fingerprint as base
 from ..runtime.errors import BadCheckpoint, TestregError, UnsupportedModel
+from ..runtime.guard import all_acting
 from ..runtime.installer import active
 from ..runtime.modeling_testreg import auto_map, class_of, first_line, takes
 from ..runtime.recipe import PLAN, Recipe, config_sha256, read_json, sha256
@@ -83,6 +84,11 @@ def save(
             f"{type(model).__name__} is not patched, so there are no registers to save: testreg.patch(model, found) "
             f"first, and save inside the `with` if there is one."
         )
+    if len(all_acting(model)) > 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has registers in its vision tower and in its language model, and a checkpoint "
+            f"holds one plan: keep both, plan.save(FILE), and patch what you load with them."
+        )
     if hasattr(model, "merge_and_unload"):  # peft's
         raise UnsupportedModel(
             f"{type(model).__name__} holds adapters beside its weights: take the patch off, merge them with "
@@ -128,7 +134,7 @@ def save(
                 files={name: sha256(build / name) for name in [*weights, PLAN]},
                 base_config=base_config,
                 config=config_sha256(base_config),
-                base=base.describe(model, acting.plan.neurons),
+                base=base.describe(model, acting.plan.neurons, acting.tower),
                 init=init,
                 attention=_attention(model),
                 dtypes=_dtypes(model),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import words
+from . import text_words, words
 from .console import writable
 from .group import Place, as_json, load_both, loading, main, options, preparing, print_json, say, with_plan
 
@@ -39,7 +39,7 @@ INT8 = ("target", "operators", "calibration", "per_tensor", "keep")
 @click.argument("model")
 @click.option("--format", "form", type=click.Choice(["stock", "onnx"]), required=True, help="What to write.")
 @click.option(
-    "--images", type=Place(), help="stock, int8: photos to fit or calibrate on and to check with; 32 or more."
+    "--images", type=Place(), help="stock of a ViT, int8: photos to fit or calibrate on and to check with; 32 or more."
 )
 @with_plan
 @click.option("--library", type=click.Choice(["transformers", "timm"]), help="stock: whose. Default: either.")
@@ -69,7 +69,8 @@ def export(
     With --int8, any: its registers are found on the photos to calibrate on.
 
     \b
-    stock   weights alone, in an architecture of transformers or timm with register slots
+    stock   weights alone, in an architecture of transformers or timm with register slots; of a
+            language model, weights of its own class and a prefix for PEFT beside them
     onnx    for ONNX Runtime and other engines; any batch size
 
     \b
@@ -79,9 +80,8 @@ def export(
     """
     from .. import BadPlan, active
     from .. import patch as install
+    from ..runtime.guard import all_acting
 
-    if form == "stock" and images is None:
-        raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
     if int8 and (form != "onnx" or images is None):
         raise click.UsageError("--int8 goes with --format onnx and needs --images: photos to calibrate on.")
     how = {name: given.pop(name) for name in INT8}
@@ -100,6 +100,17 @@ def export(
     loaded, plan = load_both(model, plan_file, {**given, "images": images}, check=not force)
     if plan:
         install(loaded, plan)
+    speaks = next((acting.tower for acting in all_acting(loaded) if acting.plan.language), None)
+    if speaks:
+        from ..export.language import export_language
+
+        if form == "onnx" or images or library:
+            raise click.UsageError("a language model is exported by --format stock, without --images and --library.")
+        written = export_language(loaded, speaks, out, replace=replace, force=force)
+        told = {"out": str(out), "format": form, "difference": written.difference}
+        return print_json(told) if as_json else say(text_words.stock(told))
+    if form == "stock" and images is None:
+        raise click.UsageError("--format stock needs --images: photos to fit the weights to, and others to check with.")
     if form == "stock":
         from ..export.bake import export_stock
 

@@ -9,29 +9,31 @@ from typing import Any
 import click
 
 from ..runtime.errors import TestregError, UnsupportedModel
-from . import words
+from . import text_words, words
 from .console import note, wrapped, writable, writing
 from .group import (
     IMAGES,
+    TEXT,
     Place,
     as_json,
     choices,
     load_both,
     load_model,
     main,
-    photos,
+    photos_or_text,
     print_json,
     running,
     running_with,
     say,
     span,
+    text_alone,
     with_plan,
 )
 
 
 @main.command(short_help="Find, verify, save: the main job.")
 @click.argument("model")
-@photos
+@photos_or_text
 @choices
 @with_plan
 @click.option("--out", type=Place(path_type=Path), required=True, help="Directory of the patched checkpoint.")
@@ -45,9 +47,11 @@ def patch(
 
     \b
     testreg patch google/vit-base-patch16-224 --images photos/ --out vit-clean
+    testreg patch HuggingFaceTB/SmolLM2-135M --text docs/ --out smollm-clean
 
     Nothing needs to be set: what no option fixes is found.
     """
+    text_alone(given["images"], given["text"])
     taken = out.is_dir() and any(out.iterdir())
     loaded, plan = load_both(model, plan_file, given, patched=False, check=not force)
     _, told = patch_and_save(loaded, plan, out, given, replace=replace or force, force=force)
@@ -55,12 +59,12 @@ def patch(
         note(f"--force has replaced what {out} held, as in version 0.1; the option for that alone is --replace.")
     if as_json:
         return print_json(told)
-    say(words.patched(told))
+    say(words.patched(told) if given["text"] is None else text_words.patched(told))
 
 
 @main.command(short_help="Find register neurons and registers, and save them as a plan.")
 @click.argument("model")
-@photos
+@photos_or_text
 @choices
 @click.option("--out", type=Place(path_type=Path), help="Write the plan here, a safetensors file of a few kB.")
 @click.option("--push", help="Share the plan on the hub, as owner/name or owner/name:FILE, with a card.")
@@ -74,12 +78,14 @@ def find(
 
     \b
     testreg find google/vit-base-patch16-224 --images photos/ --explain --out plan.safetensors
+    testreg find HuggingFaceTB/SmolLM2-135M --text docs/ --out plan.safetensors
 
     Nothing needs to be set: what no option fixes is found.
     """
     from ..finding.parallel import leads
     from ..runtime.hub import on_hub
 
+    text_alone(given["images"], given["text"])
     writable(out)
     if out and out.is_file() and not _holds_plan(out):
         raise TestregError(f"{out} is there and holds no plan; nothing else is replaced. Give another --out.")
@@ -95,9 +101,13 @@ def find(
     if as_json:
         return print_json(plan.to_dict())
     told = plan.provenance
-    explanation = words.explanation(told) if explain else ""
-    say(words.paragraphs(words.plan(plan.to_dict()), explanation, words.guard(told)))
-    if out:
+    said: Any = words if given["text"] is None else text_words
+    explanation = said.explanation(told) if explain else ""
+    say(words.paragraphs(said.plan(plan.to_dict()), explanation, said.guard(told)))
+    if out and given["text"]:
+        line = f"testreg patch {model} --text {given['text']} --plan {out} --out DIRECTORY"
+        say(f"\nPlan in {out}. Apply it:\n\n    {line}")
+    elif out:
         more = f"--processor {given['processor']} " if given["processor"] else ""
         line = f"testreg patch {model} --images {given['images']} {more}--plan {out} --out DIRECTORY"
         say(f"\nPlan in {out}. Apply it:\n\n    {line}")
@@ -109,7 +119,7 @@ def find(
 @main.command(short_help="Have models the artefact? Patch norms per block, or a table of many.")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--images", **IMAGES)
-@click.option("--text", "text_file", type=Place(path_type=Path), help="A text, to look at a language model.")
+@click.option("--text", **TEXT)
 @click.option("--threshold", type=float, help="Norm from which on a patch is an outlier.")
 @click.option(
     "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Shorter side of photos; may be given again."
@@ -121,7 +131,7 @@ def find(
 def inspect(
     models: tuple[str, ...],
     images: str | None,
-    text_file: Path | None,
+    text: Path | None,
     threshold: float | None,
     sizes: tuple[int, ...],
     plans: tuple[str, ...],
@@ -145,17 +155,15 @@ def inspect(
     from .. import inspect as look
     from ..judging.census import at as at_side
 
-    if (images is None) == (text_file is None):
-        raise click.UsageError("give either --images, to look at a vision tower, or --text, at a language model.")
     many = len(models) > 1 or len(sizes) > 1 or bool(plans) or out is not None
-    if text_file:
-        from ..finding.language import find_blocks
+    if text_alone(images, text):
+        from ..runtime.decoders import find_blocks
 
         if many or sizes:
             raise click.UsageError("with --text one model is looked at, and neither --size, --plans nor --out fits.")
-        loaded = load_model(models[0], given, check=find_blocks)
-        read = look(loaded, text=text_file, batch_size=given["batch_size"])
-        return print_json(read.to_dict()) if as_json else say(words.sinks(read.to_dict()), wrapped(read.verdict))
+        loaded = load_model(models[0], given, patched=True, check=find_blocks)
+        read = look(loaded, text=text, batch_size=given["batch_size"])
+        return print_json(read.to_dict()) if as_json else say(text_words.sinks(read.to_dict()), wrapped(read.verdict))
     if many:
         return _census(models, str(images), threshold, sizes, plans, out, as_json, given)
     loaded = load_model(models[0], {**given, "images": images}, patched=True)
@@ -223,7 +231,10 @@ def patch_and_save(
         )
     plan = plan or _find(model, given, force=force)
     with install(model, plan):
-        after = inspect(model, given["images"], threshold=threshold_of(plan), **running_with(given))
+        if given.get("text"):
+            after: Any = inspect(model, text=given["text"], batch_size=given["batch_size"])
+        else:
+            after = inspect(model, given["images"], threshold=threshold_of(plan), **running_with(given))
         if leads():
             save(model, out, replace=replace)
     return plan, {"out": str(out), "plan": plan.to_dict(), "after": after.to_dict()}
@@ -248,4 +259,10 @@ def _find(model: Any, given: Mapping[str, Any], *, force: bool) -> Any:
         wanted["sizes"] = given["sizes"]
     if given.get("blocks") is not None:
         wanted["blocks"] = span(given["blocks"], "--blocks", "3-8")
+    if given.get("text"):
+        if wanted.get("recipe") == "auto":
+            del wanted["recipe"]
+        run = running_with(given)
+        more = {name: run[name] for name in ("batch_size", "progress")}
+        return search(model, text=given["text"], force=force, **wanted, **more)
     return search(model, given["images"], force=force, **wanted, **running_with(given))

@@ -28,6 +28,7 @@ def main(debug: bool) -> None:
     testreg inspect MODEL --images photos/              has it high-norm artefact patches?
     testreg inspect MODEL --text FILE                   has a language model attention sinks?
     testreg patch MODEL --images photos/ --out DIR      find, verify, save: the main job
+    testreg patch MODEL --text FILE --out DIR           the same for a language model
     testreg demo                                        the same on a small planted model, offline
 
     MODEL is a directory or a name on the Hugging Face hub. Exit codes: 0 done, 1 an error, 2 wrong
@@ -113,6 +114,11 @@ with_plan = options(
     click.option("--plans", help="Plans on the hub, owner/collection, among which MODEL's is found by its weights."),
 )
 photos = options(click.option("--images", required=True, **IMAGES), running)
+TEXT: dict[str, Any] = {
+    "type": Place(path_type=Path),
+    "help": "For a language model instead: a file or folder of text, 100 kB or more.",
+}
+photos_or_text = options(click.option("--images", **IMAGES), click.option("--text", **TEXT), running)
 choices = options(
     click.option("--threshold", type=float, help="Norm from which on a patch is an outlier."),
     click.option("--blocks", help="Where register neurons may be: FIRST-LAST, from 0."),
@@ -150,6 +156,7 @@ def load_model(
     from ..images.processors import chosen
     from ..images.sources import existing
     from ..images.takes import taken_by
+    from ..runtime.decoders import find_decoder
     from ..runtime.modeling_testreg import load
 
     images = given.get("images") or ()
@@ -161,10 +168,11 @@ def load_model(
     except (RuntimeError, AssertionError) as error:  # torch says that a device is not there by either
         raise TestregError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     kwargs: dict[str, Any] = {"dtype": getattr(torch, given["dtype"])} if given["dtype"] else {}
+    check = check or (find_decoder if given.get("text") else None)
     if check:
         kwargs["check"] = check
     if patched and is_patched(model):
-        loaded = load(model, **kwargs)
+        loaded = load(model, **{name: value for name, value in kwargs.items() if name != "check"})
     else:
         loaded = load_base(model, **kwargs, trust_remote_code=given.get("trust_remote_code", False))
     if processor := given.get("processor"):
@@ -183,10 +191,19 @@ def load_both(
     if plan_file and plans:
         raise click.UsageError("give either --plan, one plan, or --plans, a collection in which it is found.")
     plan = RegisterPlan.load(plan_file, force=not check) if plan_file else None
+    if plan and plan.language:
+        given = {**given, "text": given.get("text") or True}
     loaded = load_model(model, given, patched=patched)
     if plan and check:
         check_base(plan, loaded)
     return loaded, RegisterPlan.load(plans, model=loaded) if plans else plan
+
+
+def text_alone(images: Any, text: Path | None) -> bool:
+    """Whether text is given, and not images; one of the two has to be."""
+    if (images is None) == (text is None):
+        raise click.UsageError("give either --images, for a vision tower, or --text, for a language model.")
+    return text is not None
 
 
 def running_with(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,14 +13,29 @@ import click
 from ..runtime.errors import BadImages
 from . import words
 from .console import wrapped, writable, writing
-from .group import Place, as_json, load_both, load_model, loading, main, preparing, print_json, say, span, with_plan
+from .group import (
+    TEXT,
+    Place,
+    as_json,
+    load_both,
+    load_model,
+    loading,
+    main,
+    preparing,
+    print_json,
+    say,
+    span,
+    text_alone,
+    with_plan,
+)
 
-TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "segment-text", "classify")
+PERPLEXITY = "perplexity"
+TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "segment-text", "classify", PERPLEXITY)
 
 
 @main.command(short_help="Measure a model without and with registers.")
 @click.argument("model")
-@click.option("--data", type=Place(), required=True, help="A folder of photos with the labels of the task.")
+@click.option("--data", type=Place(), required=True, help="A folder of photos with the task's labels; or text.")
 @click.option("--task", type=click.Choice(TASKS), required=True, help="What to measure.")
 @with_plan
 @click.option("--against", multiple=True, help="Another checkpoint to compare with, as it is; may be given again.")
@@ -33,7 +48,9 @@ TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "s
 @click.option("--per-token", is_flag=True, help="quantise: one range per token, as it comes (dynamic), not per tensor.")
 @click.option("--even", is_flag=True, help="quantise: even out channels in front of linears, as export --int8 does.")
 @click.option("--clip", type=float, help="quantise: end ranges where this share of values lies inside, as in 0.9999.")
-@click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos; or sequences, or tokens.")
+@click.option("--window", type=click.IntRange(min=2), help="With perplexity: each token sees so many before it.")
+@click.option("--skip", type=click.IntRange(min=1), help="With perplexity: leave out so many tokens first.")
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
 @click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
 @click.option(
@@ -69,6 +86,7 @@ def evaluate(
     attention, probe             photos with masks of the same names in a folder masks
     segment-text                 the same, and mask_classes.json; a model that reads text
     classify                     one folder of photos per class
+    perplexity                   text, of a language model
 
     MODEL is a patched checkpoint, or any other with --plan. Intervals hold 95 % and come from the same photos.
 
@@ -85,13 +103,21 @@ def evaluate(
 
     for path in out:
         writable(path, TABLES)
+    textual = {name: given[name] for name in ("window", "skip") if given[name]}
+    finer = {name: given[name] for name in ("per_channel", "per_token", "clip", "even") if given[name]}
+    if quantise is None and (finer or calibrate):
+        raise click.UsageError(f"--{min(finer, default='calibrate').replace('_', '-')} goes with --quantise.")
+    if task == PERPLEXITY:
+        if calibrate:
+            raise click.UsageError("the task perplexity does not take --calibrate: ranges come from text behind.")
+        textual |= {"quantise": quantise and Scheme.parse(quantise, **{"per_channel": True, **finer})}
+        return _judge_text(model, data, plan_file, baselines, limit, out, as_json, textual, given)
+    if textual:
+        raise click.UsageError(f"the task {task} does not take {' and '.join(f'--{key}' for key in textual)}.")
     settings = {name: given[name] for name in ("side", "sweep", "attention", "template") if given[name]}
     if given["foreground"]:
         first, last = span(given["foreground"], "--foreground", "1-90")
         settings["foreground"] = range(first, last + 1)
-    finer = {name: given[name] for name in ("per_channel", "per_token", "clip", "even") if given[name]}
-    if quantise is None and (finer or calibrate):
-        raise click.UsageError(f"--{min(finer, default='calibrate').replace('_', '-')} goes with --quantise.")
     scheme = None if quantise is None else Scheme.parse(quantise, **finer)
     loaded, plan = load_both(model, plan_file, {**given, "images": data})
     table = judge(
@@ -119,25 +145,42 @@ def evaluate(
 
 @main.command(short_help="One HTML page: before and after.")
 @click.argument("model")
-@click.option("--images", type=Place(), required=True, help="A folder of photos.")
+@click.option("--images", type=Place(), help="A folder of photos.")
+@click.option("--text", **TEXT)
 @with_plan
 @click.option("--out", type=Place(path_type=Path), default="report.html", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Use only the first photos.")
 @preparing
 @loading
 @as_json
-def report(model: str, images: str, plan_file: str | None, out: Path, limit: int, as_json: bool, **given: Any) -> None:
+def report(
+    model: str,
+    images: str | None,
+    text: Path | None,
+    plan_file: str | None,
+    out: Path,
+    limit: int,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Show MODEL before and after on one HTML page that loads nothing from outside.
 
     \b
     testreg report vit-clean --images photos/ --out report.html
+    testreg report smollm-clean --text docs/ --out report.html
     """
     from ..judging.reporting import report as write
     from ..judging.reporting import save
 
     writable(out)
-    loaded, plan = load_both(model, plan_file, {**given, "images": images})
-    page = write(loaded, images, plan=plan, most=limit)
+    if text_alone(images, text):
+        from ..judging.text_report import report_text
+
+        loaded, plan = load_both(model, plan_file, {**given, "text": text})
+        page = report_text(loaded, text, plan=plan)
+    else:
+        loaded, plan = load_both(model, plan_file, {**given, "images": images})
+        page = write(loaded, images, plan=plan, most=limit)
     with writing(out) as file:
         save(page, file)
     if as_json:
@@ -170,6 +213,31 @@ def show(model: str, images: tuple[str, ...], plan_file: str | None, out: Path, 
     if as_json:
         return print_json({"picture": str(out)})
     say(f"Picture in {out}.")
+
+
+def _judge_text(
+    model: str,
+    data: str,
+    plan_file: str | None,
+    baselines: bool,
+    limit: int | None,
+    out: tuple[Path, ...],
+    as_json: bool,
+    textual: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> None:
+    from ..judging.perplexity import perplexity
+
+    loaded, plan = load_both(model, plan_file, {**given, "text": Path(data)})
+    bars = sys.stderr.isatty()
+    table = perplexity(loaded, Path(data), plan=plan, baselines=baselines, limit=limit, progress=bars, **textual)
+    for path in out:
+        with writing(path) as file:
+            table.save(file)
+    if as_json:
+        return print_json(table.to_dict())
+    about = f"{table.provenance['tokens']} tokens of {data}"
+    say(about, str(table), *(f"Table in {path}." for path in out))
 
 
 def _other(name: str, given: Mapping[str, Any]) -> Any:

@@ -167,20 +167,6 @@ def judged(data: str, provenance: Mapping[str, Any]) -> str:
     return said
 
 
-def sinks(found: Mapping[str, Any]) -> str:
-    """A language model's `TextInspection.to_dict()`: one line per block."""
-    lines = ["block  median norm   largest  activation   x median  sink heads  first token gets"]
-    for row in found["blocks"]:
-        share = (
-            "           -                 -" if row["sink"] is None else f"{row['sink']:12.0%}{row['received']:18.1%}"
-        )
-        size = f"{row['median']:13.4g}{row['largest']:10.4g}{row['activation']:12.4g}{row['times']:11.4g}"
-        lines.append(f"{row['block']:5d}{size}{share}")
-    rates = ", ".join(f"{rate:.1%}" for rate in found["rates"])
-    lines.append(f"Sink rate of the first tokens: {rates}; {found['sequences']} sequences of {found['tokens']} tokens.")
-    return "\n".join(lines)
-
-
 def stock(told: Mapping[str, Any]) -> str:
     """What `export --format stock` wrote, and how far it is from the model that it stands for."""
     drift, out = told["drift"], told["out"]

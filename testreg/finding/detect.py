@@ -181,7 +181,7 @@ def rank(
     found: Artefact,
     batch_size: int,
     *,
-    blocks: range,
+    blocks: Collection[int],
     entries: Collection[int],
     rows: bool = False,
     by_activation: bool = False,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics.sinks import received, sink_rate
-from ..runtime.errors import TestregError, UnsupportedModel
-from ..text.tokens import SHORTEST, tokens
+from ..runtime.decoders import attentions_of, decoder_of, find_blocks
+from ..runtime.errors import UnsupportedModel
+from ..runtime.guard import PATCHES
+from ..text.tokens import check, tokens
 from .observe import eager
 from .still import quiet
 from .text_inspection import FIRST, TextBlock, TextInspection
@@ -35,14 +37,7 @@ def inspect(model: Any, text: Any, *, tokenizer: Any = None, batch_size: int = 1
     """
     blocks = find_blocks(model)
     ids = text if isinstance(text, Tensor) else tokens(model, text, tokenizer)
-    known = model.get_input_embeddings().num_embeddings
-    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < SHORTEST or not len(ids):
-        raise TestregError(
-            f"text must be token ids (sequences, tokens) with {SHORTEST} tokens at least, not {ids.dtype} of shape "
-            f"{tuple(ids.shape)}."
-        )
-    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
-        raise TestregError(f"the text has ids from {ids.min()} to {ids.max()}; the model knows 0 to {known - 1}.")
+    check(model, ids)
     decoder, device = decoder_of(model), next(model.parameters()).device
     with quiet(model), eager(model), _watch(blocks) as seen:
         if getattr(decoder.config, "_attn_implementation", None) != "eager":
@@ -55,27 +50,6 @@ def inspect(model: Any, text: Any, *, tokenizer: Any = None, batch_size: int = 1
         for batch in ids.split(batch_size):
             decoder(input_ids=batch.to(device), use_cache=False, **asked)
     return _sum_up(model, blocks, seen)
-
-
-def decoder_of(model: Any) -> Any:
-    """The language model inside a model, without its head."""
-    return getattr(model, "get_decoder", lambda: None)() or model
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a causal language model.
-
-    Raises:
-        UnsupportedModel: it is none, or has no attention.
-    """
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if getattr(model, "main_input_name", None) != "input_ids" or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is no causal language model: text is for those; pass images to a ViT.")
-    lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
-    found = [list(blocks) for blocks in lists if any(_attentions(block) for block in blocks)]
-    if not found:
-        raise UnsupportedModel(f"{name} has no blocks with attention, so no attention sinks.")
-    return max(found, key=len)
 
 
 def kind_of(attention: nn.Module) -> str:
@@ -92,10 +66,6 @@ def kind_of(attention: nn.Module) -> str:
     # as a key, and the output projection tells how many heads there are.
     twice = query[0] * value[0] == 2 * out[1] * key[0]
     return "gated" if twice else "plain"
-
-
-def _attentions(block: nn.Module) -> list[nn.Module]:
-    return [module for module in block.modules() if type(module).__name__.endswith("Attention")]
 
 
 Seen = dict[str, list[Tensor]]
@@ -136,7 +106,7 @@ def _watch(blocks: list[nn.Module]) -> Iterator[list[Seen]]:
 
     handles = [block.register_forward_hook(state(kept)) for block, kept in zip(blocks, seen, strict=True)]
     for block, kept in zip(blocks, seen, strict=True):
-        handles += [attention.register_forward_hook(maps(kept)) for attention in _attentions(block)[:1]]
+        handles += [attention.register_forward_hook(maps(kept)) for attention in attentions_of(block)[:1]]
     try:
         yield seen
     finally:
@@ -154,7 +124,7 @@ def _sum_up(model: nn.Module, blocks: list[nn.Module], seen: list[Seen]) -> Text
         )
     rates = torch.stack([whole[index]["rate"] for index in softmax]).mean(0)  # (sequences, tokens)
     taken = torch.stack([whole[index]["taken"] for index in softmax]).mean()
-    kinds = {kind_of(_attentions(blocks[index])[0]) for index in softmax}
+    kinds = {kind_of(attentions_of(blocks[index])[0]) for index in softmax}
     sequences, length = rates.shape
     return TextInspection(
         kind=next((kind for kind in ("sink logits", "gated") if kind in kinds), "plain"),
@@ -164,7 +134,13 @@ def _sum_up(model: nn.Module, blocks: list[nn.Module], seen: list[Seen]) -> Text
         blocks=tuple(_block(block) for block in whole),
         sequences=sequences,
         tokens=length,
+        registers=_registers(model),
     )
+
+
+def _registers(model: nn.Module) -> int:
+    patches = decoder_of(model).__dict__.get(PATCHES)
+    return patches[-1].plan.registers if patches else 0
 
 
 def _block(values: dict[str, Tensor]) -> TextBlock:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..images.takes import PIXELS
+from ..runtime.decoders import find_decoder
 from ..runtime.errors import UnsupportedModel
 from ..runtime.forwards import names as arguments_of
 from ..runtime.installer import Patch, active, patch
@@ -104,6 +106,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, whole: bool = False) 
         inputs: what the image processor gives, on any device and in any float type.
         whole: run the whole model where it takes images alone (a classifier), not just its vision tower.
     """
+    if "input_ids" in inputs:
+        return read_text(model, find_decoder(model), inputs["input_ids"], whole=whole)
     tower = find_tower(model)
     module = model if whole and _takes_images_alone(model) else tower.module
     weight = next(module.parameters())
@@ -279,3 +283,11 @@ def _giving_maps(tower: Tower, ear: maps.Ear) -> Iterator[None]:
 @contextmanager
 def _unchanged() -> Iterator[None]:
     yield
+
+
+def read_text(model: Any, tower: Tower, ids: Tensor, *, whole: bool = False) -> Any:
+    """One pass of a language model without gradients over ids `(sequences, tokens)`; with its head where `whole`."""
+    device = model.get_input_embeddings().weight.device
+    ids = ids.to("cpu" if device.type == "meta" else device)
+    with torch.no_grad():
+        return (model if whole else tower.module)(input_ids=ids, use_cache=False)

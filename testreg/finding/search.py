@@ -16,7 +16,7 @@ from ..images.takes import pixels
 from ..metrics import share as share_of
 from ..runtime.errors import BadImages, BadPlan, Harmful, NoOutliers, TestregError
 from ..runtime.fingerprint import describe
-from ..runtime.installer import active
+from ..runtime.guard import acting_in
 from ..runtime.plan import MOST_REGISTERS, RegisterPlan
 from ..runtime.towers import Tower, find_tower
 from .attending import attending
@@ -27,6 +27,7 @@ from .nature import nature
 from .scan import TRIED, Kept, Norms, Sample
 from .sizes import Sizes
 from .survey import Running, Survey, spelled_out
+from .text_search import find_text
 from .trial import Bench, Score, Threshold
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ LEAST_COSINE, LEAST_FEATURES = 0.97, 0.95
 @spelled_out
 def find(
     model: nn.Module,
-    images: Any,
+    images: Any = None,
     *,
+    text: Any = None,
+    tokenizer: Any = None,
     threshold: float | None = None,
     blocks: tuple[int, int] | None = None,
     top_k: int | None = None,
@@ -64,8 +67,13 @@ def find(
     `torchrun -m testreg find` and `accelerate launch -m testreg find`.
 
     Args:
-        model: a Vision Transformer, or a model that holds one, unpatched.
+        model: a Vision Transformer or a causal language model, or a model that holds one, unpatched.
         images: see `testreg.images.stream`; at least 6 different ones.
+        text: instead of images, for a causal language model or the one that a model holds: a text, a file or a folder
+            of text (a `Path`), several of them, rows with a column "text", or token ids `(tokens,)` or `(sequences,
+            tokens)`. 40,960 tokens are looked at, 1,536 are the fewest. Nothing else but `tokenizer`, `batch_size`,
+            `force` and `progress` goes with it (see `testreg.finding.text_search.find_text`).
+        tokenizer: by default the one that lies with the checkpoint that the model was loaded from.
         processor: by default the one that lies with the checkpoint that the model was loaded from; another one, or
             its name, or the numbers of one, as in "224:0.5:0.5" (see `testreg.images.processors.named`).
         batch_size: images per forward pass.
@@ -91,12 +99,28 @@ def find(
     Raises:
         NoOutliers: there is nothing to patch; the message has the norms.
         Harmful: no plan removes the outliers without changing the model too much; the message has the numbers.
-        BadImages, UnsupportedModel, BadPlan: what was given cannot be used.
+        BadImages, BadText, UnsupportedModel, BadPlan: what was given cannot be used.
     """
-    tower = find_tower(model)
-    if active(model):
-        raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     wanted = Wanted(threshold, blocks, top_k, registers, form, entry, recipe, sizes)
+    if text is not None:
+        if images is not None or wanted != Wanted():
+            raise TestregError(
+                "text goes with tokenizer, batch_size, force and progress alone: all else is found, and images are for "
+                "vision towers."
+            )
+        return find_text(
+            model,
+            text,
+            tokenizer=tokenizer,
+            batch_size=running.get("batch_size", Survey.batch_size),
+            force=force,
+            progress=running.get("progress", False),
+        )
+    if images is None:
+        raise BadImages("give images, for a vision tower, or text=..., for a language model.")
+    tower = find_tower(model)
+    if acting_in(tower):
+        raise TestregError("the model is patched already; take the patch off first: testreg.active(model).remove().")
     _check(wanted, tower)
     if tower.row.packed:
         wanted = replace(wanted, form="attention")

@@ -44,6 +44,7 @@ class TextInspection:
         taken: share of the attention that goes to no token.
         blocks: one row per block.
         sequences, tokens: how many were looked at, and the length of each.
+        registers: how many the model has by a patch.
     """
 
     kind: str
@@ -53,11 +54,18 @@ class TextInspection:
     blocks: tuple[TextBlock, ...]
     sequences: int
     tokens: int
+    registers: int = 0
 
     @property
     def sinks(self) -> bool:
         """Whether there are sinks."""
         return max(*self.rates, self.elsewhere) >= COMMON
+
+    @property
+    def first(self) -> float:
+        """Attention that the first token gets from the mean query, mean over the blocks that attend by softmax."""
+        received = [block.received for block in self.blocks if block.received is not None]
+        return sum(received) / max(1, len(received))
 
     @property
     def verdict(self) -> str:
@@ -69,7 +77,12 @@ class TextInspection:
         found = f"{where} gets more than {EPSILON:.0%} of the attention in {rate:.0%} of the heads"
         none = f"no token gets more than {EPSILON:.0%} of the attention in {COMMON:.0%} of the heads or more"
         keep = f"a cache that is cut has to keep the first {FIRST} tokens (StreamingLLM, arXiv 2309.17453)"
-        if self.kind == "gated":
+        massive = [index for index, block in enumerate(self.blocks) if block.massive]
+        if self.registers:
+            many = f"{self.registers} register{'s' * (self.registers > 1)}"
+            told = found if self.sinks else none
+            said = f"Patched: {many} get {self.taken:.0%} of the attention. Of the tokens, {told}."
+        elif self.kind == "gated":
             said = "Gated attention (arXiv 2505.06708): a head closes its gate instead of attending to a sink. " + (
                 f"Yet there are sinks: {found}; {keep}." if self.sinks else f"Indeed {none}. Nothing to do."
             )
@@ -80,13 +93,13 @@ class TextInspection:
                 else f"Indeed {none}. Nothing to do; an attention kernel without this term would change the model."
             )
         elif self.sinks:
-            said = f"Softmax sinks are there: {found}. testreg's registers are for vision towers; here {keep}."
+            put = "`testreg patch MODEL --text FILE --out DIR` puts a register in its place; without, "
+            said = f"Softmax sinks are there: {found}. {put if massive else ''}{keep}."
         else:
             said = f"No softmax sinks: {none}. Nothing to do."
         softmax = sum(block.sink is not None for block in self.blocks)
         if softmax < len(self.blocks):
             said += f" This is about the {softmax} of {len(self.blocks)} blocks that attend by softmax."
-        massive = [index for index, block in enumerate(self.blocks) if block.massive]
         if massive:
             largest = max(self.blocks, key=lambda block: block.times)
             said += (

@@ -175,9 +175,9 @@ def evaluate(
             unpatched = seen
         found = task.measure(seen, unpatched)
         reference = reference or found
-        rows += [_row(task, arm.name, name, measure, reference.get(name)) for name, measure in found.items()]
+        rows += [row_of(task.name, arm.name, name, measure, reference.get(name)) for name, measure in found.items()]
     floors = task.floor(samples, unpatched)
-    rows += [_row(task, "floor", name, measure, None) for name, measure in floors.items()]
+    rows += [row_of(task.name, "floor", name, measure, None) for name, measure in floors.items()]
     provenance = {
         "task": task.name,
         "settings": {key: _plain(value) for key, value in vars(task).items() if key != "threshold" or value},
@@ -239,15 +239,16 @@ def _threshold(task: Task, plan: RegisterPlan | None) -> tuple[Threshold, str]:
     return USUAL, "default"
 
 
-def _row(task: Task, arm: str, name: str, measure: Measure, reference: Measure | None) -> Row:
+def row_of(task: str, arm: str, name: str, measure: Measure, reference: Measure | None) -> Row:
+    """One number of one arm with its interval, and how it differs from the `reference`, in pairs."""
     scale = 100 if measure.unit == "%" else 1
     count = len(measure.values)
     own = bootstrap(lambda index: scale * measure.of(index), count)
     change = None
-    if arm != UNPATCHED and reference is not None and len(reference.values) == count:
+    if reference is not None and measure is not reference and len(reference.values) == count:
         change = bootstrap(lambda index: scale * (measure.of(index) - reference.of(index)), count)
     return Row(
-        task=task.name,
+        task=task,
         kind=measure.kind,
         arm=arm,
         metric=name,

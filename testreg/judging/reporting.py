@@ -239,9 +239,9 @@ def _gallery(photos: list[Tensor], before: Side, after: Side | None, block: int)
         for side in sides:
             view = side.views[index]
             norms, attention = view.norms[block], view.attention
-            maps["norms"].append(_png(colormaps["inferno"](scale(norms.clamp(min=1e-6).numpy()))))
-            maps["attention"].append(_png(colormaps["inferno"]((attention / attention.max()).numpy())))
-            maps["pca"].append(_png(_colours(side.features[index], basis)))
+            maps["norms"].append(png(colormaps["inferno"](scale(norms.clamp(min=1e-6).numpy()))))
+            maps["attention"].append(png(colormaps["inferno"]((attention / attention.max()).numpy())))
+            maps["pca"].append(png(_colours(side.features[index], basis)))
             notes["norms"].append(f"largest {float(norms.max()):.3g}, median {float(norms.median()):.3g}")
             registers = f", registers {view.registers:.0%}" if side is after else ""
             notes["attention"].append(f"largest {float(attention.max()):.1%}{registers}")
@@ -265,7 +265,7 @@ def _colours(features: Tensor, basis: tuple[Tensor, Tensor, Tensor, Tensor]) -> 
     return (((features - mean) @ directions - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).numpy()
 
 
-def _png(values: np.ndarray) -> str:
+def png(values: np.ndarray) -> str:
     """Colours `(rows, columns, 3 or 4)` in 0..1 as a data URL, one pixel per patch."""
     return _url(Image.fromarray((values[..., :3] * 255).round().astype(np.uint8)), "PNG")
 

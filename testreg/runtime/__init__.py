@@ -3,7 +3,8 @@
 Imports nothing else of the package, since these files are copied into every checkpoint as they are. Read `plan` first
 (what is done to a model, as a value), then `installer` (it is done, and undone), `forwards` (by which modules) and
 `redirect` (the tensors). `families` says where each kind of Vision Transformer keeps its parts, `towers` finds them,
-`errors` says what can go wrong.
+`errors` says what can go wrong. Of language models, `decoders` finds the parts, `prefix` is what their attention does,
+and `streaming` reads text without end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .installer import Patch, active, patch
     from .modeling_testreg import load
     from .plan import RegisterPlan
+    from .streaming import StreamingCache
     from .towers import Tower, find_tower
 
 __version__ = "0.2.0"
@@ -26,6 +28,7 @@ __all__ = [
     "Family",
     "Patch",
     "RegisterPlan",
+    "StreamingCache",
     "Tower",
     "active",
     "find_tower",
@@ -59,6 +62,7 @@ if not TYPE_CHECKING:  # or checkers would take any name
             **dict.fromkeys(("Tower", "find_tower"), "towers"),
             **dict.fromkeys(("Patch", "active", "patch"), "installer"),
             "RegisterPlan": "plan",
+            "StreamingCache": "streaming",
             "load": "modeling_testreg",
         },
     )

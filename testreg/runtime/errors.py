@@ -27,6 +27,10 @@ class BadImages(TestregError):
     """There are no, too few, or only unreadable calibration images."""
 
 
+class BadText(TestregError):
+    """There is no, too little, or only unreadable text, or its tokens are not the model's."""
+
+
 class RegistersLeftOut(UserWarning):
     """A patched model is being written without its registers."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .decoders import matrix, tower_of
 from .errors import BadPlan
 from .offload import present
 from .plan import RegisterPlan
@@ -23,13 +24,18 @@ ROUNDINGS = {
 }
 
 
-def describe(model: nn.Module, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, Any]:
-    """What a plan's provenance says of the model that it was found on, plain JSON values: name, class, fingerprints."""
+def describe(model: nn.Module, neurons: Mapping[int, tuple[int, ...]], tower: Tower | None = None) -> dict[str, Any]:
+    """What a plan's provenance says of the model that it was found on, plain JSON values: name, class, fingerprints.
+
+    Args:
+        tower: what the plan is for; by default the model's vision tower.
+    """
+    tower = tower or find_tower(model)
     return {
         "model": name(model),
         "class": type(model).__name__,
-        "fingerprint": fingerprint(model),
-        "columns": columns(find_tower(model), neurons),
+        "fingerprint": fingerprint(model, tower),
+        "columns": columns(tower, neurons),
     }
 
 
@@ -39,7 +45,7 @@ def name(model: nn.Module) -> str:
     return Path(given).resolve().name if Path(given).is_dir() else given
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def fingerprint(model: nn.Module, tower: Tower | None = None) -> dict[str, str]:
     """SHA-256 of the weights of the tower's blocks, once per precision that they can be rounded to.
 
     The blocks are what a bare tower, a model with a head and a backbone have in common, and rounding makes a plan that
@@ -48,7 +54,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     Returns:
         Name of the dtype -> hex digest.
     """
-    blocks = find_tower(model).blocks
+    blocks = (tower or find_tower(model)).blocks
     widest = max((weight.dtype for _, weight in _weights(blocks[0]) if weight.dtype in ROUNDINGS), key=_width)
     digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[widest]}
     for index, block in enumerate(blocks):
@@ -73,7 +79,7 @@ def columns(tower: Tower, neurons: Mapping[int, tuple[int, ...]]) -> dict[str, s
                 return {}
             if type(weight.detach()) is not Tensor:  # quantised, or a shard of it
                 return {}
-            weights[block] = weight.detach()[:, list(row)]  # (channels, neurons)
+            weights[block] = matrix(down).detach()[:, list(row)]  # (channels, neurons)
     if not weights:
         return {}
     digests = {dtype: hashlib.sha256() for dtype in ROUNDINGS[max((w.dtype for w in weights.values()), key=_width)]}
@@ -127,7 +133,7 @@ def check_base(plan: RegisterPlan, model: nn.Module) -> None:
                 f"take it only if you know whose it is, with RegisterPlan.load(..., force=True) (--force)."
             )
         return
-    actual = fingerprint(model)
+    actual = fingerprint(model, tower_of(model, plan))
     if not any(recorded.get(dtype) == digest for dtype, digest in actual.items()):
         raise BadPlan(
             f"the plan was found on {base.get('model') or 'a model'!r} ({', '.join(sorted(map(str, recorded)))}), but "

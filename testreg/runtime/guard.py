@@ -12,15 +12,26 @@ from weakref import ref
 
 from torch import nn
 
+from .decoders import towers_of
 from .errors import RegistersLeftOut, TestregError, UnsupportedModel
-from .towers import find_tower
+from .towers import Tower
 
 PATCHES = "_testreg_patches"  # on the tower, so that a deepcopy of the model owns copies of its patches
 
 
 def acting(model: nn.Module) -> Any:
     """The patch that acts on `model`, None where there is none."""
-    patches = getattr(find_tower(model).module, PATCHES, [])
+    return next(iter(all_acting(model)), None)
+
+
+def all_acting(model: nn.Module) -> list[Any]:
+    """The patches that act on `model`: one on its vision tower, one on its language model."""
+    return [patch for tower in towers_of(model) if (patch := acting_in(tower)) is not None]
+
+
+def acting_in(tower: Tower) -> Any:
+    """The patch that acts in `tower`, None where there is none."""
+    patches = getattr(tower.module, PATCHES, [])
     return patches[-1] if patches else None
 
 

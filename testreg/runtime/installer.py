@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from .carrier import Carrier
+from .decoders import found_again, tower_of
 from .errors import AnotherModel, BadPlan, TestregError
 from .fingerprint import check_base, fits
 from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows
 from .guard import PATCHES, Guard, acting
 from .paths import path_to, reach, walk
 from .plan import RegisterPlan
+from .prefix import Prefixed, measure, shifted
 from .relay import Record, Relay
-from .towers import Tower, blocks_of, find_tower, resolve
+from .towers import Tower, blocks_of
 from .turn import Turn, TurnCall
 
 
@@ -27,7 +29,8 @@ def patch(model: nn.Module, found: RegisterPlan | str | PathLike[str]) -> Patch:
     """Give `model` the registers of `found`, in place, until the patch is removed.
 
     Args:
-        model: a Vision Transformer, or a model that holds one; training mode, device and dtype may change afterwards.
+        model: a Vision Transformer or a causal language model, whichever the plan is for, or a model that holds one;
+            training mode, device and dtype may change afterwards.
         found: the plan to apply, the path of its file, or a name on the hub, `"owner/name"`.
 
     Returns:
@@ -69,7 +72,7 @@ class Patch:
     """Registers on a model; see `patch`. It adds no parameter and no buffer."""
 
     def __init__(self, model: nn.Module, plan: RegisterPlan):
-        tower = find_tower(model)
+        tower = tower_of(model, plan)
         check(tower, plan)
         if not fits(plan, tower):
             warnings.warn(
@@ -133,7 +136,7 @@ class Patch:
             return
         self._uninstall()
         try:
-            self._relay.tower = resolve(tower.path, tower.module, tower.family, tower.row)
+            self._relay.tower = found_again(tower)
             pruned = len(blocks) < len(tower.blocks) and blocks == tower.blocks[: len(blocks)]
             if not pruned:  # the first blocks alone need nothing that the others had
                 check(self.tower, self.plan)
@@ -180,7 +183,7 @@ class Patch:
             if plan.registers and index >= plan.entry:
                 acts |= ATTENTION
                 in_block = path_to(block, tower.row.attention)
-                rows = PackedRows if tower.row.segments else Rows
+                rows = Prefixed if plan.language else PackedRows if tower.row.segments else Rows
                 self._wear((Attention if carries else rows)(relay, index, attention), in_block)
                 self._wear_turn(index, attention)
                 bias = reach(block, tower.row.bias)
@@ -194,6 +197,10 @@ class Patch:
         shared = reach(tower.module, tower.row.shared_bias)
         if shared is not None and plan.registers:
             self._wear(Bias(relay, 0, shared, shared=True))
+        if plan.language and plan.registers:
+            for table in shifted(relay):
+                self._wear(table)
+            measure(tower, relay)
 
     def _wear_turn(self, index: int, attention: nn.Module) -> None:
         name = self.tower.row.turn

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from torch import Tensor
 from .errors import BadPlan
 from .hub import on_hub, sharing
 from .law import MOST_REGISTERS, Law
-from .values import by_block, index, indices, resting
+from .values import by_block, held, index, indices, resting
 
 FORMAT = "testreg-plan"
 VERSION = 2
 READABLE = (1, 2)  # 1 knows neither the attention form nor a law
 FORMS = ("dynamic", "constant", "attention")
+BEFORE, ON = "before", "on"  # where registers of a language model stand: before its first token, or on its place
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,8 @@ class RegisterPlan:
             over ordinary patches. None = 0, as in the paper.
         form: "dynamic", "constant" or "attention"; by default what the state's shape says.
         law: how many registers for how many patches; None = as many at every size.
+        positions: of a language model's plan, where its registers stand: "before" its first token, as a start token of
+            the model's own would, or "on" its place. None = the plan is a vision tower's.
 
     Raises:
         BadPlan: a value is of the wrong type or out of range.
@@ -59,6 +64,7 @@ class RegisterPlan:
     rest: Mapping[int, tuple[float, ...]] | None = None
     form: str = ""
     law: Law | None = None
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.neurons, Mapping):
@@ -74,7 +80,7 @@ class RegisterPlan:
             raise BadPlan(f"registers is {registers}; at most {MOST_REGISTERS} make sense, and usually 1 to 8.")
         object.__setattr__(self, "registers", registers)
         object.__setattr__(self, "entry", entry)
-        state = None if self.state is None else _state(self.state, registers)
+        state = None if self.state is None else held(self.state, registers)
         object.__setattr__(self, "state", state)
         form = _Form("dynamic" if state is None else "attention" if state.ndim == 3 else "constant")
         if self.form not in ("", form) and not isinstance(self.form, _Form):
@@ -86,12 +92,30 @@ class RegisterPlan:
         object.__setattr__(self, "form", form)
         if self.law is not None and not isinstance(self.law, Law):
             raise BadPlan(f"law must be a testreg.runtime.law.Law, not a {type(self.law).__name__}.")
+        if self.positions is not None and (self.positions not in (BEFORE, ON) or self.law):
+            raise BadPlan(f"positions must be {BEFORE!r} or {ON!r}, and go with no law, not {self.positions!r:.50}.")
+        if self.positions is not None and registers and form != "attention":
+            raise BadPlan("registers of a language model are of the attention form: state must have three dimensions.")
         if self.law is not None and not registers:
             raise BadPlan("a plan without registers has no law of their number: leave law out.")
 
     def registers_for(self, patches: int) -> int:
         """How many registers an image of `patches` patches has, also where that is a symbol of a tracer."""
         return self.registers if self.law is None else self.law(patches)
+
+    @property
+    def language(self) -> bool:
+        """Whether it is a plan for a language model."""
+        return self.positions is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the plan does."""
+        values = {key: value for key, value in self.to_dict().items() if key != "provenance"}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+        if self.state is not None:
+            digest.update(self.state.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -106,10 +130,10 @@ class RegisterPlan:
         return self.state is None or other.state is None or torch.equal(self.state, other.state)
 
     def __hash__(self) -> int:
-        return hash((self.pairs, self.registers, self.entry, self.form, self.law))
+        return hash((self.pairs, self.registers, self.entry, self.form, self.law, self.positions))
 
     def _discrete(self) -> tuple[Any, ...]:
-        return self.neurons, self.registers, self.entry, self.form, self.rest, self.law
+        return self.neurons, self.registers, self.entry, self.form, self.rest, self.law, self.positions
 
     def __str__(self) -> str:
         neurons = ", ".join(f"({block}, {neuron})" for block, neuron in self.pairs[:8]) + (
@@ -230,6 +254,7 @@ class RegisterPlan:
             "form": str(self.form),
             "rest": None if self.rest is None else {str(block): list(row) for block, row in self.rest.items()},
             "law": None if self.law is None else self.law.to_dict(),
+            "positions": self.positions,
             "provenance": dict(self.provenance),
         }
 
@@ -263,6 +288,7 @@ class RegisterPlan:
             provenance=provenance,
             form=form,
             law=None if values.get("law") is None else Law.from_dict(values["law"]),
+            positions=values.get("positions"),
         )
 
 
@@ -270,18 +296,3 @@ class _Form(str):
     """A form that a state's shape told; where `dataclasses.replace` hands it on with another state, it is no wish."""
 
     __slots__ = ()
-
-
-def _state(state: Any, registers: int) -> Tensor:
-    """The state of constant registers `(registers, channels)`, or of attention's `(blocks, registers, channels)`."""
-    state = torch.as_tensor(state).detach().to("cpu", torch.float32)
-    if state.ndim == 1:
-        state = state.expand(registers, -1)
-    if state.ndim not in (2, 3) or state.shape[-2] != registers:
-        raise BadPlan(
-            f"state has the shape {tuple(state.shape)}; {registers} registers need (channels,) or ({registers}, "
-            f"channels) to join as tokens, or (blocks from entry on, {registers}, channels) in attention alone."
-        )
-    if not state.isfinite().all():
-        raise BadPlan("state holds NaN or infinity; the images or the weights that it was measured on are broken.")
-    return state.clone()

@@ -66,12 +66,13 @@ class Relay:
         tower: whose modules they are.
         plan: the registers.
         record: to fill, while somebody wants one.
+        measuring: a language model's attentions show what they make of the registers.
     """
 
     def __init__(self, tower: Tower, plan: RegisterPlan):
         self.tower, self.plan = tower, plan
         self.record: Record | None = None
-        self.told = False
+        self.told = self.measuring = False
         self._local = threading.local()
         self._local.here = Here()  # there before the first pass, which may be a compiled one
 

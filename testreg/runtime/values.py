@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import BadPlan
 
@@ -45,3 +46,18 @@ def indices(row: Any, block: Any) -> tuple[int, ...]:
     if len(set(found)) != len(found):
         raise BadPlan(f"block {block} names a neuron twice: {found}.")
     return tuple(found)
+
+
+def held(state: Any, registers: int) -> Tensor:
+    """The state of constant registers `(registers, channels)`, or of attention's `(blocks, registers, channels)`."""
+    state = torch.as_tensor(state).detach().to("cpu", torch.float32)
+    if state.ndim == 1:
+        state = state.expand(registers, -1)
+    if state.ndim not in (2, 3) or state.shape[-2] != registers:
+        raise BadPlan(
+            f"state has the shape {tuple(state.shape)}; {registers} registers need (channels,) or ({registers}, "
+            f"channels) to join as tokens, or (blocks from entry on, {registers}, channels) in attention alone."
+        )
+    if not state.isfinite().all():
+        raise BadPlan("state holds NaN or infinity; the images or the weights that it was measured on are broken.")
+    return state.clone()

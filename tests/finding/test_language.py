@@ -309,7 +309,7 @@ def test_texts_become_sequences_that_each_begin_as_a_text_does(tokenizer):
     assert tokens(None, prose(40), tokenizer).shape == (1, 41)  # one short text is better than none
     with pytest.raises(testreg.TestregError, match="too short"):
         tokens(None, prose(20), tokenizer)
-    with pytest.raises(testreg.TestregError, match="too short"):
+    with pytest.raises(testreg.TestregError, match="there is no text"):
         tokens(None, [], tokenizer)
 
 

@@ -20,9 +20,9 @@ from testreg import BadImages, BadPlan, RegisterPlan
 from testreg.finding.trial import Threshold
 from testreg.images import labels
 from testreg.judging.arms import arms, random_neurons
+from testreg.judging.asking import ask
 from testreg.judging.evaluation import Row, _line, evaluate
 from testreg.judging.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe, SegmentText
-from testreg.judging.tasks.base import ask
 from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({1: (3, 5), 2: (7,)}, registers=2)

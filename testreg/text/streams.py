@@ -1,0 +1,197 @@
+"""Texts -> token ids in sequences of one length, one after the other: memory does not grow with the text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import BadText
+
+PIECE = 2**16  # characters that are made to tokens at once
+ENDINGS = (".txt", ".md", ".rst", ".text")  # of files in a folder that are text
+
+
+class Texts:
+    """Sequences `(length,)` of token ids, each begun as the tokenizer begins a text; a shorter rest is left out.
+
+    Args:
+        text: a text; a file, or a folder of files (a `Path` each); a dataset whose rows have a column "text"; token ids
+            `(tokens,)`, cut here, or `(sequences, length)`, taken as they are; or several of the first three.
+        tokenizer: by default the one that lies with the model's checkpoint.
+        length: tokens of a sequence, its start token among them.
+        limit: the most tokens that are given.
+        joined: texts follow one another, since most data sets have many short ones; else each begins a sequence.
+
+    Attributes:
+        texts, tokens: how many were read.
+        rest: what was left at the end, begun as a sequence is.
+
+    Raises:
+        BadText: there is no tokenizer, or something that is no text.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        text: Any,
+        tokenizer: Any = None,
+        *,
+        length: int,
+        limit: int | None = None,
+        joined: bool = True,
+    ):
+        self.model, self.text, self.length, self.limit, self.joined = model, text, length, limit, joined
+        self.ids = text if isinstance(text, Tensor) else None
+        self._tokenizer = tokenizer
+        self.texts = self.tokens = 0
+        self.rest = torch.empty(0, dtype=torch.long)
+
+    @property
+    def tokenizer(self) -> Any:
+        """What makes tokens of text; looked for where none was given."""
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self.model)
+        return self._tokenizer
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.texts = self.tokens = 0
+        for sequence in self._given(self.ids) if self.ids is not None else self._read():
+            if self.limit is not None and self.tokens + len(sequence) > self.limit:
+                return
+            self.tokens += len(sequence)
+            yield sequence
+
+    def nothing(self) -> str:
+        """What to say where there is no sequence."""
+        if self.text is None or not self.texts:
+            return f"there is no text: give a text, a file or a folder of files ({', '.join(ENDINGS)}), or token ids."
+        if isinstance(self.text, str) and len(self.text) < 4096 and Path(self.text).exists():
+            return (
+                f"the text is too short, and it is the name of a file: give pathlib.Path({self.text!r}) to read that."
+            )
+        return (
+            f"the text is too short: a text of {self.length} tokens at least is needed, 100 times that best, and "
+            f"{len(self.rest)} were given."
+        )
+
+    def _given(self, ids: Tensor) -> Iterator[Tensor]:
+        self.texts, self.rest = int(ids.numel() > 0), ids.flatten()[:0]
+        if ids.is_floating_point() or ids.ndim not in (1, 2):
+            raise BadText(f"token ids must be whole numbers (tokens,) or (sequences, tokens), not {ids.dtype}.")
+        if ids.ndim == 2:
+            yield from ids
+            return
+        whole = len(ids) // self.length * self.length
+        self.rest = ids[whole:]
+        yield from ids[:whole].view(-1, self.length)
+
+    def _read(self) -> Iterator[Tensor]:
+        held: list[int] = []
+        for text in _texts(self.text):
+            self.texts += 1
+            held = held if self.joined else []
+            for piece in text:  # what cannot be read is told before a tokenizer is looked for
+                step = self.length - len(self.begin)
+                held += _body(self.tokenizer, piece, self.begin)
+                while len(held) >= step:
+                    yield torch.tensor(self.begin + held[:step])
+                    held = held[step:]
+        self.rest = torch.tensor(self.begin + held if held else [], dtype=torch.long)
+
+    @cached_property
+    def begin(self) -> list[int]:
+        """The start token, where the tokenizer begins every text with one."""
+        ids = list(self.tokenizer("a")["input_ids"])
+        return ids[:1] if ids and ids[0] == self.tokenizer.bos_token_id else []
+
+
+def start_of(model: Any, tokenizer: Any) -> int | None:
+    """The token that a text of the model begins with, by its tokenizer or its config."""
+    known = model.get_input_embeddings().num_embeddings
+    for source in (tokenizer, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        token = getattr(source, "bos_token_id", None)
+        if isinstance(token, int) and 0 <= token < known:
+            return token
+    return None
+
+
+def digest(sequence: Tensor) -> str:
+    """SHA-256 of a sequence's ids."""
+    return hashlib.sha256(sequence.long().contiguous().numpy().tobytes()).hexdigest()
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer that lies with a model's checkpoint.
+
+    Raises:
+        BadText: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    name = getattr(model, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever a damaged file or an unreachable hub raises
+        raise BadText(
+            f"there is no usable tokenizer with {name or type(model).__name__!r} ({type(error).__name__}): pass "
+            f"tokenizer=transformers.AutoTokenizer.from_pretrained(NAME), or text as token ids (sequences, tokens)."
+        ) from error
+
+
+def _body(tokenizer: Any, piece: str, begin: list[int]) -> list[int]:
+    return list(tokenizer(piece)["input_ids"])[len(begin) :]
+
+
+def _texts(text: Any) -> Iterator[Iterator[str]]:
+    """Every text, in pieces."""
+    if isinstance(text, str):
+        yield _pieces(iter([text]))
+    elif isinstance(text, Path):
+        for file in _files(text):
+            yield _pieces(_lines(file))
+    elif isinstance(text, Mapping) and isinstance(text.get("text"), str):
+        yield _pieces(iter([text["text"]]))
+    elif isinstance(text, Iterable) and not isinstance(text, (bytes, Mapping)):
+        for one in text:
+            yield from _texts(one)
+    else:
+        raise BadText(
+            "text must be texts, files of text (a Path each), rows with a column 'text', or token ids (sequences, "
+            f"tokens), not a {type(text).__name__}."
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    path = path.expanduser()
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    if not found:
+        raise BadText(f"{path} holds no text: files ending in {', '.join(ENDINGS)} are read.")
+    return found
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadText(f"{path} cannot be read as text in UTF-8: {error}") from error
+
+
+def _pieces(lines: Iterator[str]) -> Iterator[str]:
+    """Lines, in pieces that end where a line does."""
+    held = ""
+    for line in lines:
+        held += line
+        if len(held) >= PIECE:
+            yield held
+            held = ""
+    if held:
+        yield held
