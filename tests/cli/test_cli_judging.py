@@ -13,7 +13,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from testreg import RegisterPlan
 from testreg.cli.group import main
-from testreg.cli.judging import TASKS
+from testreg.cli.judging import PERPLEXITY, TASKS
 from testreg.judging.tasks import TASKS as KNOWN
 
 
@@ -40,7 +40,7 @@ def ask(*arguments):
 
 
 def test_the_tasks_of_the_command_are_the_packages():
-    assert set(TASKS) == set(KNOWN)
+    assert set(TASKS) == {*KNOWN, PERPLEXITY}
 
 
 def test_evaluate_prints_a_table_and_writes_it(here):
