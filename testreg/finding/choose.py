@@ -260,7 +260,7 @@ class Search:
 
     @staticmethod
     def _preferred(trial: Trial) -> tuple[Any, ...]:
-        """Among plans that are as good: few neurons, then the form that costs least, then the least drift."""
+        """Among plans that are as good: few neurons, then the form that opens most, then the least drift."""
         plan = trial.plan
         return len(plan.pairs), plan.form != "attention", trial.score.drift, plan.registers
 
