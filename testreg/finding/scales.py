@@ -13,6 +13,7 @@ from .observe import run
 from .scan import Kept
 
 WASTED = 8.0  # times the typical: three of eight bits
+ADAPTER = "lora_"  # in the name of a linear that peft adds
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class _Sizes(Linears):
         self.places: dict[str, tuple[int, str]] = {}
         for block, module in enumerate(tower.blocks):
             for name, weight, _ in linears(module):
+                if ADAPTER in name:  # merged before anybody quantises
+                    continue
                 self.names[id(weight)] = f"{block}.{name}"
                 self.places[f"{block}.{name}"] = block, name
         self.seen: dict[str, list[Tensor]] = {}

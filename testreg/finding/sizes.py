@@ -244,8 +244,8 @@ def law(registers: int, patches: int, sizes: list[Size]) -> Law | None:
     below = slope if smaller is None else smaller
     if registers - below * (patches - fewest) < 1:  # no size goes without
         below = (registers - 1) / (patches - fewest)
-    line = Law(slope, registers - slope * patches, fewest, most)
-    return line if below == slope else replace(line, bend=patches, below=below)
+    bend = 0 if below == slope else patches
+    return Law(slope, registers - slope * patches, fewest, most, bend, below if bend else 0.0)
 
 
 def _slope(points: list[tuple[int, int]]) -> float | None:

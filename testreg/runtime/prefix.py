@@ -109,7 +109,7 @@ class Prefixed(Forward):
     def _measured(self, first: Tensor, given: dict[str, Any]) -> Any:
         """Keep the keys and values that the attention makes of the rows, as many as there are dummy tokens."""
         given[self.cache] = recorder = Recorder()
-        output = self.original(self.rows.like(first).expand_as(first), **given)
+        output = self.original(self.rows.like(first).expand_as(first).contiguous(), **given)
         shape = (len(first), *recorder.keys.shape[1:2], first.shape[1])
         if recorder.keys.shape[:-1] != shape or recorder.values.shape[:-1] != shape:
             raise UnsupportedModel(

@@ -211,14 +211,15 @@ def save(done: dict[str, Any], out: Path) -> None:
 
 
 def markdown(done: dict[str, Any]) -> str:
-    """A row for each model and way, with what every arm takes over the unpatched one; then what did not run, and why."""
+    """A row for each model and way, with every arm over the unpatched one; then what did not run, and why."""
     rows = [row for job in done["jobs"].values() for row in job]
     arms = list(dict.fromkeys(row["arm"] for row in rows if "over unpatched" in row and row["arm"] != "unpatched"))
     ways: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if "over unpatched" in row:
             ways.setdefault((row["what"], row["how"]), {})[row["arm"]] = row
-    lines = [done["machine"], "", f"| model | how | unpatched, ms | {' | '.join(arms)} |", f"|{'---|' * (3 + len(arms))}"]
+    head = f"| model | how | unpatched, ms | {' | '.join(arms)} |"
+    lines = [done["machine"], "", head, f"|{'---|' * (3 + len(arms))}"]
     for (what, how), found in ways.items():
         cells = (found.get(arm, {}).get("over unpatched", "") for arm in arms)
         lines.append(f"| {what} | {how} | {found['unpatched']['ms']:.2f} | {' | '.join(cells)} |")

@@ -421,8 +421,8 @@ def test_the_table_goes_to_disk_and_back(model, data, tmp_path):
 
 def test_a_line_of_the_table():
     row = Row("t", "fixed", "patched", "m", "", "", 1.0, 0.5, float("nan"), -0.0001, -0.0002, 0.01, 4)
-    assert _line(row).split()[1:] == ["1.000", "[0.500,", "nan]", "+0.000", "[0.000,", "0.010]"]
-    assert _line(replace(row, low=float("nan"), difference=None)).split()[1:] == ["1.000"]
+    assert _line(row, 12).split()[1:] == ["1.000", "[0.500,", "nan]", "+0.000", "[0.000,", "0.010]"]
+    assert _line(replace(row, low=float("nan"), difference=None), 12).split()[1:] == ["1.000"]
 
 
 def test_wrong_questions_are_refused(model, data, tmp_path):
