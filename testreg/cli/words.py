@@ -119,8 +119,9 @@ def sizes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"           {side:<9} {row['registers']} registers for {row['patches']} patches; outliers "
             f"{row['before']:.2%} -> {row['left']:.2%}, same top-1 {row['agreement']:.0%}, cosine {row['cosine']:.4f}"
         )
-    images = max((row.get("images", 0) for row in rows), default=0)
-    return ["", f"Sizes      {images} photos each", *lines] if lines else []
+    images = sorted({row["images"] for row in rows if "images" in row})
+    each = " to ".join(map(str, [*images[:1], *images[1:][-1:]]))
+    return ["", f"Sizes      {each or 0} photos each", *lines] if lines else []
 
 
 def _span(interval: Sequence[float] | None, form: str) -> str:

@@ -107,6 +107,21 @@ def test_it_says_which_neurons_why_and_what_the_guard_saw(page, plan):
     assert kept == plan.to_dict()
 
 
+def test_it_says_what_the_registers_do_at_other_sizes(plan):
+    sizes = [
+        {"side": [16, 24], "patches": 6, "images": 4, "registers": 2, "before": 0.1, "left": 0.01, "agreement": 0.75,
+         "cosine": 0.98765},
+        {"side": [64, 64], "refused": "positions for 32 pixels alone"},
+    ]  # fmt: skip
+    told = replace(plan, provenance={**plan.provenance, "sizes": sizes})
+    text = report(zoo.build("ViTModel")[0], PIXELS, plan=told)
+    table = re.search(r'<table id="sizes">(.*?)</table>', text, re.DOTALL)[1]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows[0] == ["16 × 24", "6", "4", "2", "10.00 %", "1.00 %", "75 %", "0.9877"]
+    assert rows[1] == ["64 × 64", "the model does not take this size: positions for 32 pixels alone"]
+    assert 'id="sizes"' not in report(zoo.build("ViTModel")[0], PIXELS, plan=plan)
+
+
 @pytest.mark.parametrize("told", [{"candidates": "x"}, {"guard": 3}, {"trials": [{}]}, {"candidates": [{"block": 1}]}])
 def test_a_provenance_of_another_form_is_an_error(told):
     with pytest.raises(BadPlan, match="provenance"):
