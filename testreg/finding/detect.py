@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics.outliers import BlockNorms, locked
-from ..runtime.errors import BadPlan
+from ..runtime.errors import BadPlan, UnsupportedModel
 from ..runtime.offload import present
 from ..runtime.paths import reach
 from ..runtime.plan import RegisterPlan
@@ -234,6 +234,9 @@ def rank(
                 handle.remove()
     candidates = []
     for block in blocks:
+        if not sums[block].outliers + sums[block].ordinary:
+            reason = "never called as a module: a fused kernel reads its weights. Switch the fusion off"
+            raise UnsupportedModel(f"the second linear of block {block} is {reason}.")
         candidates += _candidates(tower, block, sums[block], streams[block], by_activation)
     best = max((candidate.score for candidate in candidates), default=0.0)
     chosen = sorted(

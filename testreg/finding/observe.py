@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..images.takes import PIXELS
 from ..runtime.decoders import find_decoder
-from ..runtime.errors import UnsupportedModel
+from ..runtime.errors import BadImages, UnsupportedModel
 from ..runtime.forwards import names as arguments_of
 from ..runtime.installer import Patch, active, patch
 from ..runtime.plan import RegisterPlan
@@ -138,6 +138,11 @@ def _takes_images_alone(model: nn.Module) -> bool:
 
 def _packed(inputs: Mapping[str, Any], tower: Tower, names: Collection[str]) -> dict[str, Any]:
     """Inputs with an axis of images as a packed tower has them: without it, and called as its arguments are."""
+    if "grid_thw" in names and not any("grid" in name for name in inputs):
+        raise BadImages(
+            f"{type(tower.module).__name__} takes patches and the grid that they lie in, which its own image processor "
+            f"makes: give photos and processor=AutoProcessor.from_pretrained(NAME).image_processor, or what that gave."
+        )
     pixels = inputs["pixel_values"]  # (images, patches, ...), or (images, channels, height, width)
     if any("grid" in name for name in inputs) and not tower.row.batch_of_patches:
         pixels = pixels.flatten(0, 1)  # (patches, ...)

@@ -21,7 +21,8 @@ from ..images import processors
 from ..images.streaming import stream
 from ..images.takes import pixels, taken_by
 from ..metrics.outliers import interpolate
-from ..runtime.installer import check, patch
+from ..runtime.fitting import check
+from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower, find_tower
 from .quantise import Scheme, quantised

@@ -22,8 +22,9 @@ from ..finding.still import quiet
 from ..finding.text_trial import losses_of
 from ..runtime.decoders import find_decoder
 from ..runtime.errors import BadText, TestregError
+from ..runtime.fitting import check
 from ..runtime.guard import acting_in
-from ..runtime.installer import check, patch
+from ..runtime.installer import patch
 from ..runtime.plan import BEFORE, RegisterPlan
 from ..runtime.streaming import StreamingCache
 from ..text.streams import Texts, start_of

@@ -19,8 +19,9 @@ from ..finding.still import quiet
 from ..finding.text_inspection import TextInspection
 from ..metrics.sinks import received
 from ..runtime.decoders import find_decoder
+from ..runtime.fitting import check
 from ..runtime.guard import acting_in
-from ..runtime.installer import check, patch
+from ..runtime.installer import patch
 from ..runtime.plan import RegisterPlan
 from ..text.tokens import tokens as tokenize
 from . import charts

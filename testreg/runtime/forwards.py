@@ -9,6 +9,7 @@ A block marks its pass: what acts inside knows that it is there, and the block k
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from types import MethodType
@@ -55,6 +56,17 @@ class Forward:
             del self.module.forward
         else:
             self.module.forward = self.before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        """Of a whole tower, the copy's own; of a part of one, a forward that the part alone would have."""
+        if id(self.relay.tower.module) in memo:
+            state = copy.deepcopy(self.__getstate__(), memo)
+        else:
+            part = {"module": self.module, "before": self.before, "relay": None}
+            state = {**copy.deepcopy(part, memo), "off": True}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(state)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "original"}
@@ -226,31 +238,6 @@ class PackedRows(Rows):
             packed.leave(packed.leave(part, at).mT, at).mT if isinstance(part, Tensor) else part for part in output[1:]
         ]
         return (packed.leave(output[0], at), *maps)
-
-
-class Bias(Forward):
-    """A position bias that counts the tokens without registers; the attention that calls it needs it grown."""
-
-    def __init__(self, relay: Relay, index: int, module: nn.Module, *, inside: bool = False, shared: bool = False):
-        super().__init__(relay, index, module)
-        self.inside, self.shared = inside, shared
-        self.carried = relay.plan.form != "attention" and not shared  # it is told of tokens with registers among them
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.off:
-            return self.original(*args, **kwargs)
-        registers, length = self.relay.here.registers, kwargs.get("dim_size")
-        if self.carried and length is not None:
-            registers = self.relay.registers_in(self.index, length) or 0
-        if length is not None:
-            kwargs = {**kwargs, "dim_size": kwargs["dim_size"] - registers}
-        bias: Tensor = self.original(*args, **kwargs)  # (1, heads, tokens, tokens)
-        if not self.inside:
-            here = self.relay.here
-            here.bias = bias if self.shared or here.shared is None else bias + here.shared
-            here.shared = bias if self.shared else here.shared
-            return bias
-        return redirect.grow(bias, registers, bias.shape[-1])
 
 
 class Neurons(Forward):

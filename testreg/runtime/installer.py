@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bias import Bias
 from .carrier import Carrier
 from .decoders import found_again, tower_of
-from .errors import AnotherModel, BadPlan, TestregError
+from .errors import AnotherModel, TestregError
 from .fingerprint import check_base, fits
-from .forwards import ATTENTION, NEURONS, Attention, Bias, Block, Forward, Neurons, PackedRows, Rows
+from .fitting import check
+from .forwards import ATTENTION, NEURONS, Attention, Block, Forward, Neurons, PackedRows, Rows
 from .guard import PATCHES, Guard, acting
 from .paths import path_to, reach, walk
 from .plan import RegisterPlan
@@ -102,6 +105,13 @@ class Patch:
         here = self._relay.here
         return here.registers if here.block is not None or self.plan.form == "attention" else 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        """That of a copied tower; with a part of one goes nothing."""
+        copied = memo[id(self)] = Patch.__new__(Patch)
+        whole = id(self.tower.module) in memo
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo) if whole else {"_hooks": [], "_relay": None})
+        return copied
+
     def __enter__(self) -> Patch:
         return self
 
@@ -132,7 +142,7 @@ class Patch:
         """
         tower = self.tower
         blocks = blocks_of(tower.module, tower.row)
-        if not self._hooks or all(self._still(worn, blocks) for worn in self._worn):
+        if not self._hooks or (blocks == tower.blocks and all(self._still(worn, blocks) for worn in self._worn)):
             return
         self._uninstall()
         try:
@@ -150,7 +160,7 @@ class Patch:
     def _still(self, worn: Forward, blocks: tuple[nn.Module, ...]) -> bool:
         """Whether a module is where it was, and nobody gave it back the forward that it had."""
         now = worn.module.__dict__.get("forward")
-        ours = getattr(now, "__self__", None) is worn
+        ours = _owner(now) is worn
         if not ours and (now is None or now == worn.before or _own(now, worn.module)):
             return False
         if worn.path is None:
@@ -173,6 +183,7 @@ class Patch:
     def _install(self) -> None:
         tower, plan, relay = self.tower, self.plan, self._relay
         self._guard.on()
+        self._clear()
         # Hooks survive whoever restores forwards, and forwards, unlike hooks, are what compilers guard.
         for module in (tower.module, tower.blocks[0]):
             self._hooks.append(module.register_forward_pre_hook(self._before))
@@ -202,6 +213,22 @@ class Patch:
                 self._wear(table)
             measure(tower, relay)
 
+    def _clear(self) -> None:
+        """Take off what came with parts that were copied out of a patched model."""
+        module = self.tower.module
+        within = {id(part) for part in module.modules()} - {id(module)}  # another tower in this one keeps its own
+
+        def foreign(relay: Relay | None) -> bool:
+            return relay is None or id(relay.tower.module) not in within
+
+        for part in module.modules():
+            while isinstance(worn := _owner(part.__dict__.get("forward")), Forward) and foreign(worn.relay):
+                part.__dict__.pop("forward") if worn.before is None else part.__dict__.update(forward=worn.before)
+            for hooks in (part._forward_pre_hooks, part._forward_hooks):
+                for key in [key for key, hook in hooks.items() if isinstance(_owner(hook), Patch)]:
+                    if foreign(_owner(hooks[key])._relay):
+                        del hooks[key]
+
     def _wear_turn(self, index: int, attention: nn.Module) -> None:
         name = self.tower.row.turn
         turn = getattr(attention, name, None) if name else None
@@ -227,7 +254,7 @@ class Patch:
         self._guard.off()
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._hooks:
             return  # a compiler guards what it read, and reads it anew when that is exchanged
         here, whole = self._relay.here, module is self.tower.module
         if whole:
@@ -237,6 +264,8 @@ class Patch:
         here.followed = whole
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._hooks:
+            return
         here = self._relay.here
         here.waiting = here.bias = here.shared = None
         here.followed = False
@@ -248,40 +277,10 @@ class Patch:
         )
 
 
+def _owner(method: Any) -> Any:
+    return getattr(method, "__self__", None)
+
+
 def _own(forward: Any, module: nn.Module) -> bool:
     """Whether it is the forward of the module's class, set on the instance by somebody who kept it."""
     return getattr(forward, "__func__", None) is type(module).forward
-
-
-def check(tower: Tower, plan: RegisterPlan) -> None:
-    """Whether `plan` fits `tower`.
-
-    Raises:
-        BadPlan: a block, neuron, entry or state is out of the tower's range.
-    """
-
-    def misfit(has: str, wants: str) -> BadPlan:
-        what = f"the {tower.family} tower {type(tower.module).__name__}"
-        return BadPlan(f"{wants}, but {what} has {has}: the plan was made for another model.")
-
-    if tower.row.packed and plan.registers and plan.form != "attention":
-        raise BadPlan(
-            f"{type(tower.module).__name__} packs the patches of all images into one sequence, in which a token would "
-            f"belong to all of them: only registers that attention alone sees fit it (form='attention'), no "
-            f"{plan.form} ones."
-        )
-    blocks = f"blocks 0 to {len(tower.blocks) - 1}"
-    if plan.entry >= len(tower.blocks):
-        raise misfit(blocks, f"the registers join before block {plan.entry}")
-    for block, row in plan.neurons.items():
-        if block >= len(tower.blocks):
-            raise misfit(blocks, f"the plan names block {block}")
-        if row[-1] >= tower.neurons[block]:
-            raise misfit(
-                f"neurons 0 to {tower.neurons[block] - 1} there", f"the plan names neuron {row[-1]} of block {block}"
-            )
-    if plan.state is not None and plan.state.shape[-1] != tower.channels:
-        raise misfit(f"{tower.channels} channels", f"the register state has {plan.state.shape[-1]} channels")
-    if plan.state is not None and plan.form == "attention" and plan.state.shape[0] != len(tower.blocks) - plan.entry:
-        rows = f"the register state has rows for {plan.state.shape[0]} blocks from block {plan.entry} on"
-        raise misfit(f"{len(tower.blocks) - plan.entry} of them", rows)

@@ -266,6 +266,8 @@ class RegisterPlan:
             BadPlan: anything but the values that `to_dict` gives.
         """
         version = values.get("version") if isinstance(values, dict) else None
+        if version is None:
+            raise BadPlan(f"a plan is a RegisterPlan, a path, or what plan.to_dict() gave, not {values!r:.100}.")
         if isinstance(version, bool) or version not in READABLE:
             raise BadPlan(
                 f"the plan is of version {version!r:.50}; this testreg reads versions {', '.join(map(str, READABLE))}: "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import BeitConfig, BeitModel, ViTConfig, ViTModel
 
 import testreg
 from testreg import RegisterPlan
+from testreg.demo.planted import plant
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"image_size": 32, "patch_size": 8}
@@ -150,6 +153,57 @@ def test_copies_and_originals_are_patched_apart(form: str, expected: Tensor) -> 
     same(last(twin), expected)
     assert testreg.active(model) is None
     same(last(model), last(vit()))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+@pytest.mark.parametrize(
+    "part", ["layers", "layers.0", "layers.1", "layers.2", "layers.1.attention", "layers.1.mlp.fc2"]
+)
+def test_a_part_that_was_copied_out_and_put_back(form: str, part: str, copied: Any, expected: Tensor) -> None:
+    """What the part wore as one of the patched model is no second patch."""
+    model = vit()
+    patched = testreg.patch(model, plan(form))
+    holder, _, name = part.rpartition(".")
+    setattr(model.get_submodule(holder), name, copied(model.get_submodule(part)))
+    same(last(model), expected)
+    assert testreg.active(model) is patched
+    patched.remove()
+    same(last(model), last(vit()))
+
+
+def test_a_part_that_is_put_back_after_the_patch_is_plain(form: str, expected: Tensor) -> None:
+    model = vit()
+    with testreg.patch(model, plan(form)):
+        part = copy.deepcopy(model.layers[1])
+    model.layers[1] = part
+    same(last(model), last(vit()))
+    testreg.patch(model, plan(form))
+    same(last(model), expected)
+
+
+@pytest.mark.parametrize(("part", "what"), [("mlp", "second linear"), ("attention", "attention")])
+def test_blocks_that_share_a_part_are_refused(part: str, what: str) -> None:
+    model = vit()
+    setattr(model.layers[1], part, getattr(model.layers[2], part))
+    with pytest.raises(testreg.BadPlan, match=f"shares its {what} with another block"):
+        testreg.patch(model, plan("attention"))
+    setattr(model.layers[1], part, copy.deepcopy(getattr(model.layers[2], part)))
+    testreg.patch(model, plan("attention")).remove()
+
+
+def test_a_second_linear_that_is_never_called_is_named() -> None:
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(**{**SIZES, "hidden_size": 48, "num_hidden_layers": 4, "image_size": 64})).eval()
+    plant(model, neurons=2)
+    for layer in model.layers:
+        layer.mlp.forward = fused(layer.mlp)
+    with pytest.raises(testreg.UnsupportedModel, match="is never called as a module"):
+        testreg.find(model, torch.randn(12, 3, 64, 64))
+
+
+def fused(mlp: nn.Module) -> Any:
+    """As a fused kernel does it."""
+    return lambda tokens: nn.functional.linear(mlp.activation_fn(mlp.fc1(tokens)), mlp.fc2.weight, mlp.fc2.bias)
 
 
 @pytest.mark.parametrize(

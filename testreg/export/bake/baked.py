@@ -24,7 +24,8 @@ from ...images.streaming import stream
 from ...images.takes import taken_by
 from ...runtime import fingerprint as base
 from ...runtime.errors import BadCheckpoint, BadImages, BadPlan, Harmful
-from ...runtime.installer import active, check
+from ...runtime.fitting import check
+from ...runtime.installer import active
 from ...runtime.modeling_testreg import load
 from ...runtime.plan import RegisterPlan
 from ...runtime.towers import find_tower
