@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -94,9 +96,12 @@ def export(
     if (format == "stock" or int8) == (images is None):
         needs = "needs images: photos to calibrate on and to check with" if images is None else "takes no images"
         raise TestregError(f"{'int8' if int8 else f'the format {format}'} {needs}.")
+    if format == "stock" and int8:
+        raise TestregError("int8 is a form of ONNX: leave format out.")
+    writer: Callable[..., Any] = export_stock if format == "stock" else export_int8 if int8 else export_onnx
+    if unknown := more.keys() - signature(writer).parameters.keys():
+        raise TestregError(f"{'int8' if int8 else f'the format {format}'} does not take {', '.join(sorted(unknown))}.")
     if format == "stock":
-        if int8:
-            raise TestregError("int8 is a form of ONNX: leave format out.")
         return export_stock(model, images, out, plan=plan, replace=replace, **more)
     loaded: Any = model if isinstance(model, nn.Module) else _loaded(model)
     acting = None if plan is None else patch(loaded, plan)

@@ -127,7 +127,7 @@ def _both(model: nn.Module, folder: Path, name: str, seen: Photos, how: Int8) ->
     graphs.lift_rows(made.graph)
     graphs.tidy(made)
     ir.save(made, real)
-    if how.even:
+    if how.evens:
         read = [value.name for value in graphs.inputs(made.graph)]
         graphs.even_out(made.graph, largest(real, read, seen.calibration()))
         graphs.per_token(made.graph)

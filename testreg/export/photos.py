@@ -58,6 +58,8 @@ class Photos:
         self.model, self.batch_size = model, batch_size
         self.seen = Part(images, held=False) if held_out is None else images
         self.apart = Part(images, held=True) if held_out is None else held_out
+        if held_out is None and sum(1 for _ in Source(images)) < HELD_OUT:
+            raise BadImages(f"int8 needs at least {2 * FEWEST} images, {FEWEST} of them held out; some 96 are better.")
         counts = [0, 0]
         first: Tensor | None = None
         for side, batches in enumerate((self.calibration(), self.held_out())):

@@ -58,7 +58,8 @@ class Int8:
             "entropy", where the histogram loses least.
         per_tensor: one scale for each weight, not for each of its output channels.
         keep: what stays in float: patterns of module names, as in `"*.layers.0.*"`, or operators, as in `"Softmax"`.
-        even: give the channels in front of linears sizes that one scale can hold, in the weights.
+        even: give the channels in front of linears sizes that one scale can hold, in the weights; None = where linears
+            alone are quantised, since what does it would lose its own precision elsewhere.
 
     Raises:
         TestregError: a value is none of these.
@@ -69,7 +70,12 @@ class Int8:
     calibration: str = "minmax"
     per_tensor: bool = False
     keep: tuple[str, ...] = ()
-    even: bool = True
+    even: bool | None = None
+
+    @property
+    def evens(self) -> bool:
+        """Whether channels are evened out."""
+        return self.operators == "linears" if self.even is None else self.even
 
     def __post_init__(self) -> None:
         for name, known in (("target", TARGETS), ("calibration", CALIBRATIONS), ("operators", OPERATORS)):

@@ -25,6 +25,7 @@ from ..runtime.modeling_testreg import first_line
 TABLES = (".md", ".csv", ".json")  # how the names of tables end
 OWN = "own"  # size: however the processor does it
 FAILED, SPOILT, CLEAN = "failed", "artefact", "none"
+NORM = "norm "  # what a threshold of one's own begins with
 COLUMNS: Mapping[str, str] = {  # in Python, CSV and JSON -> in Markdown
     "model": "model",
     "size": "size",
@@ -81,8 +82,10 @@ def census(
     """
     rows = {_key(row): row for row in read(out)} if out and out.exists() else {}
     photos = _photos(images)
-    for name in models:
-        wanted = [size for size in sizes if not _done(rows.get((name, _size(size), photos)))]
+    threshold = running.get("threshold")
+    for name in (name.rstrip("/") or name for name in models):
+        done = {size: rows.get((name, _size(size), photos)) for size in sizes}
+        wanted = [size for size, row in done.items() if not _done(row, threshold, plans)]
         for row in _lookedat(name, images, photos, wanted, load, plans, tell, running):
             rows[_key(row)] = row
             if out:
@@ -112,11 +115,20 @@ def _lookedat(
     for size in sizes:
         try:
             found = inspect(model, images, **{**running, **at(model, size)})
-            yield {**about, "size": _size(size), **_told(found), "plan": has_plan(model, plans)}
+            yield {**about, "size": _size(size), **_told(found), "plan": _plan(name, model, plans, tell)}
         except Exception as error:  # the size may not fit, memory may not do
             yield {**about, "size": _size(size), "verdict": FAILED, "reason": _reason(error)}
     del model
     gc.collect()  # or two large ones would be there at once
+
+
+def _plan(name: str, model: nn.Module, plans: tuple[str, ...], tell: Callable[[str], Any]) -> str | None:
+    """The plan that there is for a model; what was seen of it stays where a repository cannot be had."""
+    try:
+        return has_plan(model, plans)
+    except TestregError as error:
+        tell(f"no plan was looked for, for {name}: {_reason(error)}")
+        return None
 
 
 def at(model: nn.Module, size: int | None) -> dict[str, Any]:
@@ -229,8 +241,12 @@ def _key(row: Row) -> tuple[str, str, str]:
     return str(row["model"]), str(row["size"]), str(row["photos"])
 
 
-def _done(row: Row | None) -> bool:
-    return row is not None and row["verdict"] != FAILED
+def _done(row: Row | None, threshold: float | None, plans: tuple[str, ...]) -> bool:
+    """Whether a row of a table says what is asked for; one of an own threshold, or without a plan that is, does not."""
+    if row is None or row["verdict"] == FAILED or (plans and not row["plan"]):
+        return False
+    own = str(row["threshold"]).startswith(NORM)
+    return str(row["threshold"]) == f"{NORM}{threshold:g}" if threshold is not None else not own
 
 
 def _size(size: int | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import UnsupportedModel
+from .errors import BadPlan, UnsupportedModel
 from .families import Family
 from .plan import RegisterPlan
 from .towers import Tower, find_tower, resolve
@@ -66,8 +66,19 @@ def tower_of(model: Any, plan: RegisterPlan) -> Tower:
 
     Raises:
         UnsupportedModel: there is none.
+        BadPlan: the model is of the other kind.
     """
-    return find_decoder(model) if plan.language else find_tower(model)
+    find, other = (find_decoder, find_tower) if plan.language else (find_tower, find_decoder)
+    try:
+        return find(model)
+    except UnsupportedModel as error:
+        try:
+            other(model)
+        except UnsupportedModel:
+            raise error from None
+    kinds = "a language model", "a Vision Transformer"
+    mine, its = kinds if plan.language else kinds[::-1]
+    raise BadPlan(f"the plan is one of {mine}, but {type(model).__name__} is {its}: it was made for another model.")
 
 
 def towers_of(model: Any) -> list[Tower]:

@@ -113,7 +113,7 @@ def onnx(plan: str | None) -> None:
     for how in (
         replace(plain, operators="all"),
         replace(plain, even=False),
-        replace(plain, operators="all", even=False),
+        replace(plain, operators="all", even=True),
         replace(plain, per_tensor=True),
         replace(plain, target="vnni"),
         replace(plain, calibration="percentile"),
