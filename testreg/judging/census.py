@@ -243,10 +243,10 @@ def _key(row: Row) -> tuple[str, str, str]:
 
 def _done(row: Row | None, threshold: float | None, plans: tuple[str, ...]) -> bool:
     """Whether a row of a table says what is asked for; one of an own threshold, or without a plan that is, does not."""
-    if row is None or row["verdict"] == FAILED or (plans and not row["plan"]):
+    if row is None or row["verdict"] == FAILED or (plans and not row.get("plan")):
         return False
-    own = str(row["threshold"]).startswith(NORM)
-    return str(row["threshold"]) == f"{NORM}{threshold:g}" if threshold is not None else not own
+    said = str(row.get("threshold"))
+    return said == f"{NORM}{threshold:g}" if threshold is not None else not said.startswith(NORM)
 
 
 def _size(size: int | None) -> str:

@@ -264,7 +264,7 @@ class Patch:
         here.followed = whole
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._hooks:
+        if not (torch.compiler.is_compiling() or self._hooks):
             return
         here = self._relay.here
         here.waiting = here.bias = here.shared = None

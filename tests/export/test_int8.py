@@ -229,6 +229,24 @@ def test_the_room_is_the_function_too(tmp_path):
     assert set(run(file, images(3))) == {"last_hidden_state", "pooler_output"}
 
 
+def test_arguments_that_do_not_go_together_are_named(tmp_path):
+    model = planted("dinov2")
+    for more, says in (
+        ({"int8": True, "images": images(), "library": "timm"}, "int8 does not take library"),
+        ({"form": "stock"}, "the format onnx does not take form"),
+        ({"int8": True, "images": images(2)}, "int8 needs at least 16 images, 8 of them held out"),
+    ):
+        with pytest.raises(testreg.TestregError, match=says):
+            testreg.export(model, tmp_path / "model.onnx", **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_channels_are_evened_out_where_linears_alone_are_quantised():
+    assert Int8().evens
+    assert not Int8(operators="all").evens
+    assert Int8(operators="all", even=True).evens
+
+
 def test_every_target_is_of_the_quantisers_own_types():
     from onnxruntime import quantization
 

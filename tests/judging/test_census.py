@@ -109,6 +109,25 @@ def test_it_goes_on_where_it_stopped(here, tmp_path, ending):
     assert out.read_bytes() == before
 
 
+def test_what_is_asked_for_otherwise_is_looked_at_again(here, tmp_path, monkeypatch):
+    out = tmp_path / "census.md"
+    (planted,) = models(here, "planted")
+    (first,) = census([planted], here / "photos", load=load, out=out)
+    (own,) = census([f"{planted}/"], here / "photos", load=load, out=out, threshold=1e6)
+    assert (first["verdict"], own["verdict"]) == ("artefact", "none")
+    (back,) = census([planted], here / "photos", load=load, out=out)
+    assert back["verdict"] == "artefact"
+
+    def gone(*_, **__):
+        raise testreg.BadPlan("the hub is gone")
+
+    monkeypatch.setattr(module, "has_plan", gone)
+    told = []
+    (row,) = census([planted], here / "photos", load=load, out=out, plans=("owner/name",), tell=told.append)
+    assert (row["verdict"], row["plan"]) == ("artefact", None)
+    assert "the hub is gone" in told[-1]
+
+
 def test_other_photos_are_other_rows(here, tmp_path):
     (tmp_path / "few").mkdir()
     for index in range(2):

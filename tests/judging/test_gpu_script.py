@@ -68,7 +68,12 @@ def test_its_rows_are_a_table(out, capsys):
     gpu.main(["--table", str(out)])
     lines = capsys.readouterr().out.splitlines()
     assert "cores" in lines[0]
-    assert lines[2].startswith("| what | how | arm | ms | over unpatched |")
+    assert lines[2].startswith(
+        "| model | how | unpatched, ms | unpatched again | dynamic | constant | attention | native |"
+    )
+    rows = json.loads(out.read_text())["jobs"]["forward Ti 56 bfloat16 sdpa"]
+    cells = next(line for line in lines if line.startswith(f"| {rows[0]['what']} | {rows[0]['how']} |")).split(" | ")
+    assert cells[3:8] == [row["over unpatched"] for row in rows[1:]]
 
 
 def test_without_a_gpu_it_says_that_it_was_not_run(monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import speakers
 import torch
 import zoo
 
@@ -42,7 +43,7 @@ def test_a_dict_of_a_plan_is_taken_where_it_is_whole():
     [
         (PLAN.to_dict(), r"constant registers, and what they hold is not in it: .*plan.save\(FILE\)"),
         ({7: (417,)}, r"write testreg.RegisterPlan\(\{7: \(417,\)\}\)"),
-        ({"neurons": {"1": [3]}}, "version None"),
+        ({"neurons": {"1": [3]}}, "a plan is a RegisterPlan, a path, or what plan.to_dict.. gave"),
         (3, r"testreg.find\(model, images\) gives, or the path of its file, not a int"),
         (None, "not a NoneType"),
         ("nowhere.safetensors", "nowhere.safetensors cannot be read as a register plan: .*testreg find --out"),
@@ -71,3 +72,11 @@ def test_judging_and_baking_take_the_path_too(file):
     ):
         with pytest.raises(BadPlan, match="nowhere cannot be read as a register plan"):
             refuses()
+
+
+def test_a_plan_of_the_other_kind_is_named():
+    speaker, (seer, _) = speakers.built("llama"), zoo.build("ViTModel")
+    with pytest.raises(BadPlan, match="of a Vision Transformer, but LlamaForCausalLM is a language model"):
+        testreg.patch(speaker, PLAN)
+    with pytest.raises(BadPlan, match="of a language model, but ViTModel is a Vision Transformer"):
+        testreg.patch(seer, speakers.start_plan(speaker))
