@@ -130,8 +130,8 @@ class StreamingCache(Cache):
                 self.start = 0
                 if total > self.limit:
                     raise TestregError(
-                        f"a text of the batch has fewer than the {self.keep} tokens that stay, and another has "
-                        f"{total}: read them apart."
+                        f"a text of the batch has not had its first {self.keep} tokens, which stay, where another has "
+                        f"{total}: it is shorter, or padded further, than can be waited for. Read them apart."
                     )
             else:
                 first = self._first(real)
