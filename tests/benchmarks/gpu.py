@@ -33,20 +33,10 @@ from torch.nn.functional import cosine_similarity
 import testreg
 from testreg.checkpoints.atomic import replacing_file
 from testreg.demo.planted import plant
-from tests.benchmarks.speed import SHAPES, again, machine, over, paired, twin, vit
-from tests.benchmarks.speed import plans as token_plans
+from tests.benchmarks.speed import again, machine, over, paired, plans, twin, vit
 
 REGISTERS = 4
 Job = tuple[str, Callable[[], list[dict[str, Any]]]]
-
-
-def plans(shape: str) -> dict[str, testreg.RegisterPlan]:
-    """Three register neurons in two blocks, in every form."""
-    found = token_plans(shape, REGISTERS)
-    constant = found["constant"]
-    rows = torch.randn(SHAPES[shape][1] - constant.entry, REGISTERS, SHAPES[shape][0])
-    attention = testreg.RegisterPlan(constant.neurons, REGISTERS, entry=constant.entry, state=rows)
-    return {**found, "attention": attention}
 
 
 def arms_of(shape: str, pixels: int, device: str, dtype: torch.dtype, forms: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -55,7 +45,7 @@ def arms_of(shape: str, pixels: int, device: str, dtype: torch.dtype, forms: tup
     models = {"unpatched": base, "unpatched again": again(base)}
     for form in forms:
         models[form] = again(base)
-        testreg.patch(models[form], plans(shape)[form])
+        testreg.patch(models[form], plans(shape, REGISTERS)[form])
     models["native"] = twin(base, shape, pixels, REGISTERS).to(device, dtype)
     return models
 
@@ -112,7 +102,7 @@ def int8(shape: str, pixels: int, batch: int, device: str, seconds: float) -> li
             continue
         own = vit(shape, pixels).to(device, torch.bfloat16)  # quantising replaces weights, so each arm has its own
         if name == "attention":
-            testreg.patch(own, plans(shape)["attention"])
+            testreg.patch(own, plans(shape, REGISTERS)["attention"])
         with torch.inference_mode():
             before = model(images).last_hidden_state.float()
         quantize_(own, Int8DynamicActivationInt8WeightConfig())
@@ -139,7 +129,7 @@ def onnx(shape: str, pixels: int, seconds: float) -> list[dict[str, Any]]:
         for name in ("unpatched", "attention"):
             patched = again(model)
             if name == "attention":
-                testreg.patch(patched, plans(shape)["attention"])
+                testreg.patch(patched, plans(shape, REGISTERS)["attention"])
             file = export_onnx(patched, Path(folder, f"{name}.onnx"), size=(pixels, pixels))
             quantize_dynamic(file, Path(folder, f"{name}-int8.onnx"))
             for kind, path in (("", file), (", int8", Path(folder, f"{name}-int8.onnx"))):

@@ -88,13 +88,15 @@ def again(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def plans(shape: str, registers: int) -> dict[str, testreg.RegisterPlan]:
-    """Three register neurons in two blocks, in both forms."""
+    """Three register neurons in two blocks, in every form."""
     channels, blocks, _ = SHAPES[shape]
     middle = blocks // 2
-    neurons = {middle - 1: (7,), middle: (3, 4)}
+    neurons, entry = {middle - 1: (7,), middle: (3, 4)}, middle + 1
+    rows = torch.randn(blocks - entry, registers, channels)
     return {
         "dynamic": testreg.RegisterPlan(neurons, registers),
-        "constant": testreg.RegisterPlan(neurons, registers, entry=middle + 1, state=torch.randn(channels)),
+        "constant": testreg.RegisterPlan(neurons, registers, entry, rows[0, 0]),
+        "attention": testreg.RegisterPlan(neurons, registers, entry, rows),
     }
 
 
@@ -181,7 +183,7 @@ def forwards(shapes: list[tuple[str, int, int, str]], seconds: float, device: st
             for registers in (1, 4) if batch == 1 and not mode else (1,):
                 about = (setting_of(shape, pixels, batch, dtype), str(registers))
                 taken = _forward(shape, pixels, batch, dtype, registers, seconds, device, mode)
-                for arm in ("dynamic", "constant", "native", "unpatched again"):
+                for arm in ("dynamic", "constant", "attention", "native", "unpatched again"):
                     yield (*about, arm, *over(taken, arm, "unpatched"), *over(taken, arm, "native"))
 
     return table(head, rows())
@@ -230,7 +232,7 @@ def faults(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
     def rows() -> Iterator[Row]:
         for shape, pixels, batch in settings:
             taken, counts = apart(_faults, shape, pixels, batch, seconds, allocator={})[0]
-            for arm in ("unpatched", "unpatched again", "native", "dynamic", "constant"):
+            for arm in ("unpatched", "unpatched again", "native", "dynamic", "constant", "attention"):
                 about = (setting_of(shape, pixels, batch), arm, f"{counts[arm]:.0f}")
                 yield (*about, *over(taken, arm, "unpatched"))
 
@@ -313,7 +315,7 @@ def breaks() -> list[str]:
 def memory(shape: str, pixels: int, batch: int, form: str) -> float:
     """MiB that forward passes take on top of weights and interpreter, in the process that calls this."""
     model, images = vit(shape, pixels, native=int(form == "native")), torch.randn(batch, 3, pixels, pixels)
-    if form in ("dynamic", "constant"):
+    if form in ("dynamic", "constant", "attention"):
         testreg.patch(model, plans(shape, 1)[form])
     with torch.inference_mode():
         for _ in range(3):
