@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import words
 from .words import paragraphs
 
 LOAD = """Saved to {out}. Load it:
@@ -77,12 +78,7 @@ def guard(told: Mapping[str, Any]) -> str:
 def explanation(told: Mapping[str, Any]) -> str:
     """The candidates and the plans tried."""
     lines = ["Candidates: neurons that fire at massive tokens and not elsewhere, by how far they move them away"]
-    lines.append("  block  neuron      score  at massive  elsewhere     spread")
-    for row in told["candidates"][:16]:
-        lines.append(
-            f"  {row['block']:>5}  {row['neuron']:>6}  {row['score']:>9.3f}  {row['outliers']:>10.3f}  "
-            f"{row['ordinary']:>9.4f}  {row['spread']:>9.4f}"
-        )
+    lines += words.candidates(told["candidates"], "at massive")
     lines += ["", "Plans tried; drift in nats a token"]
     lines.append("  neurons  registers  rows            entry  position  massive left  perplexity     drift  tried for")
     for row in told["trials"]:

@@ -129,15 +129,21 @@ def _span(interval: Sequence[float] | None, form: str) -> str:
     return "" if interval is None else "  [{}, {}]".format(*(format(end, form) for end in interval))
 
 
+def candidates(rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+    """The best candidates as a table, with the title of their activation where they fire."""
+    lines = [f"  block  neuron      score  {where}  elsewhere     spread"]
+    for row in rows[:16]:
+        lines.append(
+            f"  {row['block']:>5}  {row['neuron']:>6}  {row['score']:>9.3f}  {row['outliers']:>{len(where)}.3f}  "
+            f"{row['ordinary']:>9.4f}  {row['spread']:>9.4f}"
+        )
+    return lines
+
+
 def explanation(told: Mapping[str, Any]) -> str:
     """The candidates and the plans tried."""
     lines = ["Candidates: neurons that fire at outliers and not elsewhere, by how far they move outliers away"]
-    lines.append("  block  neuron      score  at outliers  elsewhere     spread")
-    for row in told["candidates"][:16]:
-        lines.append(
-            f"  {row['block']:>5}  {row['neuron']:>6}  {row['score']:>9.3f}  {row['outliers']:>11.3f}  "
-            f"{row['ordinary']:>9.4f}  {row['spread']:>9.4f}"
-        )
+    lines += candidates(told["candidates"], "at outliers")
     lines += ["", f"Plans tried on {told['split']['tried']} photos; drift = 2 - both cosines"]
     lines.append("  neurons  registers  form      entry  outliers left  top-1  output  patches     drift  tried for")
     for row in told["trials"]:

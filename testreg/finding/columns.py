@@ -25,6 +25,7 @@ def columns(down: Any, neurons: int, like: Tensor) -> Tensor:
         nothing = down(like.new_zeros(1, 1, neurons))  # (1, 1, channels): the bias
         rows = []
         for first in range(0, neurons, AT_ONCE):
-            one = torch.eye(neurons, dtype=like.dtype, device=like.device)[None, first : first + AT_ONCE]
-            rows.append((down(one) - nothing)[0].double().cpu())  # (neurons, channels)
+            at = torch.arange(first, min(first + AT_ONCE, neurons), device=like.device)
+            one = nn.functional.one_hot(at, neurons).to(like)[None]  # (1, some neurons, neurons)
+            rows.append((down(one) - nothing)[0].double().cpu())  # (some neurons, channels)
     return torch.cat(rows).T

@@ -112,10 +112,11 @@ def _lookedat(
     except Exception as error:  # of a checkpoint that may be broken in any way
         yield from ({**about, "size": _size(size), "verdict": FAILED, "reason": _reason(error)} for size in sizes)
         return
+    plan = _plan(name, model, plans, tell)
     for size in sizes:
         try:
             found = inspect(model, images, **{**running, **at(model, size)})
-            yield {**about, "size": _size(size), **_told(found), "plan": _plan(name, model, plans, tell)}
+            yield {**about, "size": _size(size), **_told(found), "plan": plan}
         except Exception as error:  # the size may not fit, memory may not do
             yield {**about, "size": _size(size), "verdict": FAILED, "reason": _reason(error)}
     del model

@@ -4,25 +4,12 @@ import warnings
 
 import pytest
 import torch
-import transformers
+from growing import bare, grown, images
 from torch import nn
 
 import testreg
-from testreg.demo.planted import plant
 from testreg.finding.columns import columns
 from testreg.runtime.towers import find_tower
-
-SIZES = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96}
-
-
-def grown():
-    torch.manual_seed(0)
-    model = transformers.ViTModel(transformers.ViTConfig(**SIZES, image_size=96, patch_size=8)).eval()
-    return model, plant(model, seed=3, where="content", neurons=2)
-
-
-def noise(count=24, seed=0):
-    return torch.randn(count, 3, 96, 96, generator=torch.Generator().manual_seed(seed))
 
 
 class Lora(nn.Module):
@@ -53,7 +40,7 @@ def quantised(model):
 
 @pytest.mark.parametrize("made", [adapted, quantised])
 def test_columns_are_what_the_module_makes_of_each_neuron(made):
-    model, _ = grown()
+    model = bare()
     plain = model.layers[2].mlp.fc2.weight.detach().double()
     linear = made(model).layers[2].mlp.fc2
     found = columns(linear, 96, torch.zeros(0))
@@ -71,12 +58,12 @@ def test_a_plain_linear_is_read(monkeypatch):
 
 @pytest.mark.parametrize("made", [adapted, quantised])
 def test_planted_neurons_are_found(made):
-    model, planted = grown()
+    model, planted = grown(seed=3, where="content", neurons=2)
     model = made(model)
-    plan = testreg.find(model, noise(), sizes=())
+    plan = testreg.find(model, images(24), sizes=())
     assert {(block, neuron) for block, row in planted.neurons.items() for neuron in row} == set(plan.pairs)
-    before = testreg.inspect(model, noise(8, seed=1))
+    before = testreg.inspect(model, images(8, seed=1))
     with testreg.patch(model, plan):
-        after = testreg.inspect(model, noise(8, seed=1))
+        after = testreg.inspect(model, images(8, seed=1))
     assert before.artefact
     assert max(before.ratios) > 5 > 3 > max(after.ratios)

@@ -4,27 +4,11 @@ import json
 
 import pytest
 import torch
-import transformers
 import zoo
+from growing import bare, grown, images
 
 import testreg
-from testreg.demo.planted import plant
 from testreg.runtime.towers import find_tower
-
-SHAPE = {
-    "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 96,
-    "image_size": 96, "patch_size": 8,
-}  # fmt: skip
-
-
-def images(count=16):
-    return torch.randn(count, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-
-
-def grown(**settings):
-    torch.manual_seed(0)
-    model = transformers.ViTModel(transformers.ViTConfig(**SHAPE)).eval()
-    return model, plant(model, **settings) if settings else None
 
 
 def norms_of(model):
@@ -59,7 +43,7 @@ def test_every_number_of_every_block():
 
 
 def test_a_clean_model():
-    seen = testreg.inspect(grown()[0], images())
+    seen = testreg.inspect(bare(), images())
     assert seen.artefact is None
     assert seen.verdict.startswith("No artefact")
     assert f"{max(seen.ratios):.1f} times" in seen.verdict

@@ -6,30 +6,14 @@ import json
 
 import pytest
 import torch
-import transformers
+from growing import bare, grown, images
 from torch.nn.functional import cosine_similarity
 
 import testreg
-from testreg.demo.planted import plant
 from testreg.finding import nature as natures
 from testreg.finding.nature import Nature
 from testreg.images.streaming import _digest
 from testreg.metrics.outliers import locked
-
-SHAPE = {
-    "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 96,
-    "image_size": 96, "patch_size": 8,
-}  # fmt: skip
-
-
-def images(count=16):
-    return torch.randn(count, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-
-
-def grown(**settings):
-    torch.manual_seed(0)
-    model = transformers.ViTModel(transformers.ViTConfig(**SHAPE)).eval()
-    return model, plant(model, **settings)
 
 
 def kind(count=16, **settings):
@@ -168,9 +152,7 @@ def test_what_sinks_do_is_told_by_their_values(values, sink, says):
 
 
 def test_no_artefact_no_kind():
-    torch.manual_seed(0)
-    model = transformers.ViTModel(transformers.ViTConfig(**SHAPE)).eval()
-    assert testreg.inspect(model, images()).nature is None
+    assert testreg.inspect(bare(), images()).nature is None
 
 
 def test_a_plan_its_card_and_plain_json_say_it():
