@@ -80,11 +80,11 @@ class Search:
     ):
         self.model, self.tower, self.found, self.wanted = model, tower, found, wanted
         self.images, self.batch_size, self.step = ranked, batch_size, step
-        self.bench = Bench(model, tower, tried, found.threshold, found.block, batch_size)
         first, last = wanted.blocks or (0, found.block)
         self.blocks = range(first, last + 1)
         self.form = wanted.form or ("dynamic" if wanted.entry == 0 or wanted.recipe == "paper" else "attention")
         self.entries = self._entries()
+        self.bench = Bench(model, tower, tried, found.threshold, found.block, batch_size, min(self.entries) or None)
         self.ranking = self._rank(ranked)
         self.candidates = list(self.ranking.candidates)
         self.trials: list[Trial] = []

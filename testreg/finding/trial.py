@@ -38,6 +38,7 @@ class Threshold:
         return f"norm {self.norm:g}" if self.norm else f"{self.times:.1f} times the median norm of an image"
 
 
+HELD = 2  # blocks whose inputs are kept
 NOISE = 1e-5  # drift that rounding can make up
 
 
@@ -73,20 +74,27 @@ class Bench:
     Args:
         threshold: what an outlier is.
         block: the block at whose output outliers first appear; they are counted from there on.
+        first: the earliest block that plans to come will touch first, where that is known.
 
     Attributes:
         before: share of outlier patches at the worst block of the unpatched model.
     """
 
     def __init__(
-        self, model: nn.Module, tower: Tower, images: list[Kept], threshold: Threshold, block: int, batch_size: int
+        self,
+        model: nn.Module,
+        tower: Tower,
+        images: list[Kept],
+        threshold: Threshold,
+        block: int,
+        batch_size: int,
+        first: int | None = None,
     ):
-        self.model, self.tower, self.threshold, self.block = model, tower, threshold, block
+        self.model, self.tower, self.threshold, self.block, self.first = model, tower, threshold, block, first
         self.batches = list(together(images, batch_size))
         outliers = [threshold.outliers(image.norms[block:]) for image in images]  # each (blocks, patches)
         self.before = float(torch.stack([row.float().mean(1) for row in outliers]).mean(0).max())
-        self._first = 0
-        self._before: dict[int, Any] = {}  # batch -> what the block before `_first` gives
+        self._held: dict[int, dict[int, Any]] = {}  # block -> batch -> what the block before it gives
         self._scores: list[tuple[RegisterPlan, Score]] = []
 
     def score(self, plan: RegisterPlan) -> Score:
@@ -120,17 +128,15 @@ class Bench:
     @contextmanager
     def _resumed(self, index: int, batch: list[Kept], block: int) -> Iterator[None]:
         """The blocks before `block` do nothing, and the last of them gives what it gave the unpatched model."""
-        # One block's inputs are held at a time; those of a somewhat earlier one serve as well.
-        if not self._first <= block < 2 * self._first:
-            self._first, self._before = block, {}
-        block = self._first
-        if block and index not in self._before:
-            self._before[index] = self._output(batch, block - 1)
-        blocks = self.tower.blocks[:block]
+        start = self._start(block)
+        held = self._held[start] if start else {}
+        if start and index not in held:
+            held[index] = self._output(batch, start - 1)
+        blocks = self.tower.blocks[:start]
         before = [module.__dict__.get("forward") for module in blocks]
         try:
             for module in blocks:
-                module.forward = _Idle(self._before[index], last=module is blocks[-1])
+                module.forward = _Idle(held[index], last=module is blocks[-1])
             yield
         finally:
             for module, forward in zip(blocks, before, strict=True):
@@ -138,6 +144,17 @@ class Bench:
                     del module.forward
                 else:
                     module.forward = forward
+
+    def _start(self, block: int) -> int:
+        """Where to begin, for a plan that touches `block` first: as late as inputs are held for, which are few."""
+        if near := [first for first in self._held if _near(first, block)]:
+            return max(near)
+        start = self.first if self.first is not None and _near(self.first, block) else block
+        if start:
+            while len(self._held) >= HELD:
+                self._held.popitem()
+            self._held[start] = {}
+        return start
 
     def _output(self, batch: list[Kept], block: int) -> Any:
         """What a block of the unpatched model gives, a tensor or a tuple."""
@@ -154,6 +171,11 @@ class Bench:
         finally:
             handle.remove()
         return found[0]
+
+
+def _near(first: int, block: int) -> bool:
+    """Whether inputs of block `first` serve a plan that touches `block` first: not all of its blocks run again."""
+    return first <= block < 2 * first
 
 
 class Enough(Exception):
