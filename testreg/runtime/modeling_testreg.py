@@ -79,8 +79,9 @@ def fetch(path: str | Path, kwargs: dict[str, Any], more: Iterable[str] = ()) ->
         try:
             directory = Path(snapshot_download(name, allow_patterns=[*FILES, *more], **hub))
         except Exception as error:  # of the hub's client: offline, no such name, no access, a full disk
+            why = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise BadCheckpoint(
-                f"{name} is no directory here, and cannot be had from the hub: {first_line(error.__cause__ or error)}. Give one with a "
+                f"{name} is no directory here, and cannot be had from the hub: {first_line(why)}. Give one with a "
                 f"config.json, or try again online."
             ) from error
     return directory / subfolder
