@@ -202,12 +202,14 @@ def _census(
         load=lambda name: load_model(name, given, patched=True),
         out=out,
         sizes=sizes or (None,),
+        dtype=given["dtype"],
         plans=plans,
         tell=note,
         threshold=threshold,
+        processor=given["processor"],
         **running_with(given),
     )
-    mine = [row for row in rows if row["model"] in models]
+    mine = [row for row in rows if row["model"] in map(census.named, models)]
     if as_json:
         print_json(mine)
     else:
