@@ -25,6 +25,7 @@ class Hub:
     Attributes:
         repositories: name -> commits, oldest first, as (identifier, path -> content).
         calls: method and path of every request.
+        down: the status that every request gets instead of an answer; 0 = none.
         before_commit: called once before the next commit, as somebody else who commits meanwhile.
     """
 
@@ -32,6 +33,7 @@ class Hub:
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.stored: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.calls: list[tuple[str, str]] = []
+        self.down = 0
         self.before_commit: Any = None
         self.url = ""
         self.store = ""  # on another host than the hub itself, or its client would take the redirect for its own
@@ -144,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self) -> None:
         path = self._path()
+        if self.hub.down:
+            return self._json({"error": "come back later"}, self.hub.down)
         if path.startswith("/store/"):
             return self._send(self.hub.stored[path.split("/")[-1]], {})
         if path.startswith("/api/models/"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..runtime.errors import BadCheckpoint, TestregError
@@ -17,6 +16,7 @@ from ..runtime.modeling_testreg import fetch, first_line, skeleton
 from ..runtime.recipe import MODEL_TYPE, read_json
 from ..runtime.towers import find_tower
 from . import of_timm
+from .hub_files import HubFiles
 
 
 def load_base(
@@ -94,9 +94,10 @@ def is_patched(path: str | Path) -> bool:
     directory = Path(path).expanduser()
     if not directory.exists() and str(path).count("/") < 2:
         try:
-            directory = Path(hf_hub_download(str(path), "config.json")).parent
-        except Exception:  # of the hub's client; whoever loads it says what is wrong
+            config = HubFiles(str(path)).get("config.json")
+        except TestregError:  # whoever loads it says what is wrong
             return False
+        directory = config.parent if config else directory
     return config_of(directory).get("model_type") == MODEL_TYPE
 
 

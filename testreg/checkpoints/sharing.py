@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..runtime import __version__
@@ -28,6 +29,7 @@ from ..runtime.hub import ON_HUB
 from ..runtime.modeling_testreg import first_line
 from ..runtime.plan import RegisterPlan
 from ..runtime.recipe import PLAN
+from .hub_files import HubFiles
 from .plan_card import MARK, norms_picture, plan_card
 
 INDEX = "plans.json"
@@ -55,14 +57,19 @@ def load(
         plan = RegisterPlan.load(local / (filename or PLAN) if local.is_dir() else local)
     else:
         name, revision, filename = found["name"], revision or found["revision"], filename or found["file"]
+        files = HubFiles(name, revision, hub)
         if filename is None:
             folder = f"{subfolder}/" if subfolder else ""
             try:
-                listed = _listed(name, revision, hub)
-            except _NotCached:  # a patched checkpoint has no list, and offline nobody can tell
-                listed = {}
+                listed = _listed(files)
+            except BadPlan:
+                if not files.away:
+                    raise
+                listed = {}  # a patched checkpoint has no list, and offline nobody can tell
             filename, subfolder = _named(name, listed, model, folder), None
-        file = _download(name, filename, subfolder, revision, hub)
+        file = files.get(filename, subfolder)
+        if file is None:
+            raise BadPlan(f"{name} on the hub has no file {filename}. Which it has, its page says.")
         plan = RegisterPlan.load(file)
         # A file of the hub's cache lies in a folder named by its commit.
         at = next((part for part in file.parts[::-1] if re.fullmatch(r"[0-9a-f]{40}", part)), revision)
@@ -86,11 +93,13 @@ def push(
     """Write `plan` to a repository of the hub, made where it is not there; see `RegisterPlan.push_to_hub`.
 
     Raises:
-        BadPlan: the repository cannot be written, or holds another model's plan under that name.
+        BadPlan: `name` or `filename` cannot be one, the repository cannot be written, or holds another model's plan
+            under that name.
     """
     base: Any = plan.provenance.get("base")
     base = base if isinstance(base, Mapping) else {}
     filename = filename or _file_of(str(base.get("model") or ""))
+    check_names(name, filename)
     told = {key: plan.provenance[key] for key in TOLD if key in plan.provenance}
     row = {
         **told,
@@ -109,7 +118,7 @@ def push(
         for turn in range(TURNS):
             info = api.model_info(name, revision=revision)
             head, held = info.sha, {file.rfilename for file in info.siblings or ()}
-            listed = _listed(name, head, {"token": token})
+            listed = _listed(HubFiles(name, head, {"token": token}))
             there = listed.get(filename)
             if there and not force and not _alike(there.get("fingerprint"), base.get("fingerprint")):
                 raise BadPlan(
@@ -120,7 +129,7 @@ def push(
             files = {filename: content, INDEX: (json.dumps(rows, indent=2) + "\n").encode()}
             if picture := norms_picture(plan):
                 files[_picture_of(filename)] = picture
-            if _ours(name, head, token):
+            if _ours(HubFiles(name, head, {"token": token})):
                 pictures = {file: _picture_of(file) for file in rows if _picture_of(file) in held | files.keys()}
                 files["README.md"] = str(plan_card(name, rows, pictures)).encode()
             try:
@@ -141,7 +150,7 @@ def push(
     except Exception as error:  # of the hub's client: offline, no access, no such user
         raise BadPlan(
             f"the plan could not be written to {name} on the hub: {first_line(error)}. Keep it with found.save(FILE) "
-            f"(--out FILE) and try again: `hf auth login` says who you are."
+            f"(--out FILE) and try again; `hf auth whoami` says who you are there, `hf auth login` changes it."
         ) from error
     raise AssertionError("each turn returns or raises")
 
@@ -154,10 +163,31 @@ def has_plan(model: nn.Module, names: tuple[str, ...], **hub: Any) -> str | None
     """
     actual = fingerprint(model) if names else {}
     for name in names:
-        for file, row in _listed(name, None, hub).items():
+        for file, row in _listed(HubFiles(name, None, hub)).items():
             if _alike(row.get("fingerprint"), actual):
                 return f"{name}:{file}"
     return None
+
+
+def check_names(name: str, filename: str | None = None) -> None:
+    """Whether a repository and a plan in it can be called so, before the work whose result they will hold.
+
+    Raises:
+        BadPlan: they cannot.
+    """
+    try:
+        validate_repo_id(name)
+        rightly = isinstance(name, str) and "/" in name
+    except ValueError:
+        rightly = False
+    if not rightly:
+        raise BadPlan(
+            f"{name!r} is no name on the hub: it is owner/name, where owner is an account or an organisation, and both "
+            f"are of letters, digits, '-', '_' and '.', without '--', '..' or an end in '-', '.' or '.git'. "
+            f"A file in it is filename=NAME.safetensors (--push owner/name:NAME.safetensors)."
+        )
+    if filename and not _inside(filename):
+        raise BadPlan(f"{filename!r} is no name for a plan: it is NAME.safetensors or FOLDER/NAME.safetensors.")
 
 
 def _named(name: str, listed: Mapping[str, Mapping[str, Any]], model: nn.Module | None, folder: str) -> str:
@@ -188,14 +218,13 @@ def _named(name: str, listed: Mapping[str, Mapping[str, Any]], model: nn.Module 
     )
 
 
-def _listed(name: str, revision: str | None, hub: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _listed(files: HubFiles) -> dict[str, dict[str, Any]]:
     """Plan file -> what a repository's list says of it; a stranger's, so only its form is relied on."""
-    try:
-        content = _download(name, INDEX, None, revision, hub).read_bytes()
-    except _NoFile:
+    file, name = files.get(INDEX), files.name
+    if file is None:
         return {}
     try:
-        rows = json.loads(content)
+        rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BadPlan(f"{INDEX} of {name} is damaged: {first_line(error)}. Name a plan, as in {name}:FILE.") from error
     if not isinstance(rows, dict) or not all(isinstance(row, dict) and _inside(file) for file, row in rows.items()):
@@ -203,42 +232,10 @@ def _listed(name: str, revision: str | None, hub: Mapping[str, Any]) -> dict[str
     return rows
 
 
-class _NoFile(BadPlan):
-    """The repository is there, the file is not."""
-
-
-class _NotCached(BadPlan):
-    """The hub cannot be reached, and its cache has no such file."""
-
-
-def _download(name: str, filename: str, subfolder: str | None, revision: str | None, hub: Mapping[str, Any]) -> Path:
-    """A file of the hub, from its cache where that is current, or the hub cannot be reached.
-
-    Raises:
-        BadPlan: neither has it.
-    """
-    settings = {**hub, "revision": revision, "subfolder": subfolder}
-    try:
-        return Path(hf_hub_download(name, filename, **settings))
-    except RemoteEntryNotFoundError as error:
-        raise _NoFile(f"{name} on the hub has no file {filename}. Which it has, its page says.") from error
-    except LocalEntryNotFoundError as error:
-        raise _NotCached(
-            f"{filename} of {name} is neither here nor in the hub's cache on this disk, and the hub cannot be reached: "
-            f"{first_line(error)}. Load it once online, or give a plan's file."
-        ) from error
-    except Exception as error:  # of the hub's client: no such name, no access, a full disk
-        raise BadPlan(
-            f"{name} is no file here, and no plan can be had from the hub under that name: {first_line(error)}"
-        ) from error
-
-
-def _ours(name: str, revision: str | None, token: str | None) -> bool:
+def _ours(files: HubFiles) -> bool:
     """Whether the card may be written: there is none, or it was written here before."""
-    try:
-        return MARK in _download(name, "README.md", None, revision, {"token": token}).read_text(encoding="utf-8")
-    except _NoFile:
-        return True
+    card = files.get("README.md")
+    return card is None or MARK in card.read_text(encoding="utf-8")
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,6 +40,10 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
 class Command(click.Command):
     """A command whose arguments are right."""
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        with _options_of_others(context):
+            return super().parse_args(context, args)
+
     def invoke(self, context: click.Context) -> Any:
         _import_torch()
         return super().invoke(context)
@@ -48,6 +53,10 @@ class Commands(click.Group):
     """Ends errors in one sentence; `--debug` shows the traceback instead."""
 
     command_class = Command
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        with _options_of_others(context):
+            return super().parse_args(context, args)
 
     def invoke(self, context: click.Context) -> Any:
         for name, value in QUIET.items():
@@ -132,6 +141,26 @@ def wrapped(words: str, stream: TextIO | None = None) -> str:
         line if line.startswith(" ") else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
         for line in words.split("\n")
     )
+
+
+@contextmanager
+def _options_of_others(context: click.Context) -> Iterator[None]:
+    """An option that is one of another command's, or like one of those and like none of its own, leads there."""
+    try:
+        yield
+    except click.NoSuchOption as error:
+        group = context.find_root().command
+        takes: dict[str, list[str]] = {}  # option -> commands that take it
+        for command in group.commands.values() if isinstance(group, click.Group) else ():
+            for option in {name for parameter in command.params for name in parameter.opts}:
+                takes.setdefault(option, []).append(str(command.name))
+        like = get_close_matches(error.option_name, takes, n=1)
+        if like and (not error.possibilities or like == [error.option_name]):
+            others = ", ".join(f"`testreg {name}`" for name in sorted(takes[like[0]]))
+            raise click.NoSuchOption(
+                error.option_name, f"{error.message.rstrip('.')}. {like[0]} is an option of {others}.", ctx=error.ctx
+            ) from None
+        raise
 
 
 def _unexpected(error: Exception) -> str:

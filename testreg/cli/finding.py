@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..runtime.errors import TestregError, UnsupportedModel
+from ..runtime.errors import BadPlan, TestregError, UnsupportedModel
 from . import text_words, words
 from .console import note, wrapped, writable, writing
 from .group import (
@@ -83,21 +83,24 @@ def find(
     Nothing needs to be set: what no option fixes is found.
     """
     from ..finding.parallel import leads
-    from ..runtime.hub import on_hub
+    from ..runtime.hub import sharing
 
     text_alone(given["images"], given["text"])
     writable(out)
     if out and out.is_file() and not _holds_plan(out):
         raise TestregError(f"{out} is there and holds no plan; nothing else is replaced. Give another --out.")
-    if push and not on_hub(push):
-        raise click.BadParameter(f"{push!r} is no name on the hub, as in owner/name.", param_hint="--push")
+    repository, _, filename = (push or "").partition(":")
+    if push is not None:
+        try:
+            sharing().check_names(repository, filename)
+        except BadPlan as error:
+            raise click.BadParameter(str(error), param_hint="--push") from error
     plan = _find(load_model(model, given), given, force=force)
     if out and leads():
         with writing(out) as file:
             plan.save(file)
     if push and leads():
-        name, _, filename = push.partition(":")
-        address = plan.push_to_hub(name, filename=filename or None, force=force)
+        address = plan.push_to_hub(repository, filename=filename or None, force=force)
     if as_json:
         return print_json(plan.to_dict())
     told = plan.provenance
@@ -112,7 +115,7 @@ def find(
         line = f"testreg patch {model} --images {given['images']} {more}--plan {out} --out DIRECTORY"
         say(f"\nPlan in {out}. Apply it:\n\n    {line}")
     if push and leads():
-        apply = f"testreg patch {model} --images PHOTOS --plans {name} --out DIRECTORY"
+        apply = f"testreg patch {model} --images PHOTOS --plans {repository} --out DIRECTORY"
         say(f"\nPlan on the hub: {address}. Others apply it:\n\n    {apply}")
 
 
@@ -199,12 +202,14 @@ def _census(
         load=lambda name: load_model(name, given, patched=True),
         out=out,
         sizes=sizes or (None,),
+        dtype=given["dtype"],
         plans=plans,
         tell=note,
         threshold=threshold,
+        processor=given["processor"],
         **running_with(given),
     )
-    mine = [row for row in rows if row["model"] in models]
+    mine = [row for row in rows if row["model"] in map(census.named, models)]
     if as_json:
         print_json(mine)
     else:

@@ -30,7 +30,18 @@ from .group import (
 )
 
 PERPLEXITY = "perplexity"
-TASKS = ("outliers", "sinks", "agreement", "discovery", "attention", "probe", "segment-text", "classify", PERPLEXITY)
+TASKS = (
+    "outliers",
+    "sinks",
+    "agreement",
+    "discovery",
+    "attention",
+    "probe",
+    "depth",
+    "segment-text",
+    "classify",
+    PERPLEXITY,
+)
 
 
 @main.command(short_help="Measure a model without and with registers.")
@@ -84,7 +95,8 @@ def evaluate(
     outliers, sinks, agreement   any photos
     discovery                    photos with COCO JSON or VOC XML boxes
     attention, probe             photos with masks of the same names in a folder masks
-    segment-text                 the same, and mask_classes.json; a model that reads text
+    depth                        photos with depth maps in millimetres in a folder depths
+    segment-text                 photos with masks, and mask_classes.json; a model that reads text
     classify                     one folder of photos per class
     perplexity                   text, of a language model
 

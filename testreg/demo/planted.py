@@ -29,6 +29,11 @@ from ..runtime.towers import Tower, find_tower
 
 # LayerNorm, learnt position embeddings, separate query, key and value linears.
 PLANTABLE = ("vit", "deit", "dinov2", "dinov2-with-registers", "clip", "siglip")
+# What transformers has called their linears within 5.x: from the attention, and from the block.
+QUERY, KEY, VALUE = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")
+JOINS = ("attention.output.dense", "attention.o_proj", "self_attn.out_proj")
+READS = ("mlp.gate_proj", "mlp.weights_in", "mlp.fc1", "intermediate.dense")  # gates first
+BIASES = tuple(f"{name}.bias" for name in QUERY)
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 # Lengths are in units of an ordinary embedding's norm. A reading is what LayerNorm leaves of a reserved direction, from
 # -1 to 1 = the token has nothing else.
@@ -92,7 +97,7 @@ def plant(
         ValueError: the model is too shallow or too narrow for what is to be planted.
     """
     tower = find_tower(model)
-    if tower.family not in PLANTABLE or any(reach(module, "q_proj.bias") is None for module in tower.attentions):
+    if tower.family not in PLANTABLE or any(reach(module, BIASES) is None for module in tower.attentions):
         raise UnsupportedModel(
             f"{type(tower.module).__name__} ({tower.family}) is built in a way that cannot be planted; these can, with "
             f"biases in their attention: {', '.join(PLANTABLE)}."
@@ -202,7 +207,7 @@ class _Soil:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 weight = self.normal(*module.weight.shape) / math.sqrt(module.in_features)
-                writes = module is down or name.endswith(("o_proj", "out_proj"))
+                writes = module is down or name in JOINS
                 hidden = self.hidden(weight.T).T if writes else self.hidden(weight)
                 module.weight.copy_((0.5 if module is down else 0.9 if writes else 0.8) * hidden)
 
@@ -237,9 +242,8 @@ class _Soil:
 
     def _head(self, block: int) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
         """The four linears of a block's attention, its first head cleared."""
-        attention = self.attentions[block]
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
+        q, k, v = (reach(self.attentions[block], name) for name in (QUERY, KEY, VALUE))
+        out = reach(self.tower.blocks[block], JOINS)
         for linear in (q, k, v):
             linear.weight[: self.width] = 0
         out.weight[:, : self.width] = 0
@@ -247,13 +251,14 @@ class _Soil:
 
     def neuron(self, block: int, neuron: int, direction: Tensor, gain: float, threshold: float) -> None:
         """Let a neuron's activation be `gain * (reading of direction - threshold)` where that is positive."""
-        mlp: Any = self.tower.blocks[block].mlp
-        reads = mlp.gate_proj if hasattr(mlp, "gate_proj") else mlp.fc1
+        reads, width = reach(self.tower.blocks[block], READS), self.tower.neurons[block]
         reads.weight[neuron] = gain * direction / self.norm
         reads.bias[neuron] = -gain * threshold
-        if hasattr(mlp, "up_proj"):  # what the gate lets through is one
-            mlp.up_proj.weight[neuron] = 0
-            mlp.up_proj.bias[neuron] = 1
+        value, row = reach(self.tower.blocks[block], "mlp.up_proj"), neuron
+        if value is None and reads.out_features > width:  # gates and values are one linear
+            value, row = reads, width + neuron
+        if value is not None:  # what the gate lets through is one
+            value.weight[row], value.bias[row] = 0, 1
         self.downs[block].weight[:, neuron] = 0
 
     def write(self, block: int, neuron: int, direction: Tensor, amount: float) -> None:
@@ -264,8 +269,8 @@ class _Soil:
         """Make the sink an attention sink from block `start` on."""
         query, key = 4.0, SINK_LOGIT * math.sqrt(self.width) / 4.0  # times the readings' own 1
         for attention in self.attentions[start:]:
-            attention.q_proj.bias[:: self.width] = query
-            attention.k_proj.weight[:: self.width] = key * self.sink / self.norm
+            reach(attention, QUERY).bias[:: self.width] = query
+            reach(attention, KEY).weight[:: self.width] = key * self.sink / self.norm
 
     def decoys(self, block: int, where: str | Sequence[int]) -> dict[str, tuple[tuple[int, int], ...]]:
         found: dict[str, tuple[tuple[int, int], ...]] = {}

@@ -21,7 +21,8 @@ from .decode import files
 IGNORE = 255  # the mask value that counts as no class at all
 CLASSES = ("mask_classes.json", "classes.json", "classes.txt")  # what mask values are called
 NO_CLASS = ("unlabeled", "unlabelled", "void", "ignore")
-MASKS = ("masks", "SegmentationClass", "SegmentationObject")  # folders whose images are no photos
+DEPTHS = "depths"
+MASKS = ("masks", "SegmentationClass", "SegmentationObject", DEPTHS)  # folders whose images are no photos
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Sample:
         boxes: of its objects, `(objects, 4)`: left, top, right, bottom in pixels, right and bottom not included.
         mask: file whose pixel values are class indices, `IGNORE` for none.
         label: name of its class.
+        depth: file whose pixel values are millimetres, 0 for none.
     """
 
     path: Path
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
     mask: Path | None = None
     label: str | None = None
+    depth: Path | None = None
 
     def size(self) -> tuple[int, int]:
         """Width and height in pixels, upright, read from the head of the file.
@@ -58,17 +61,29 @@ class Sample:
         Raises:
             BadImages: the file cannot be read, or does not hold one number per pixel.
         """
-        try:
-            with Image.open(str(self.mask)) as image:
-                values = np.array(image)
-        except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
-            raise BadImages(f"the mask {self.mask} cannot be read: {error}") from error
+        values = _pixels(f"the mask {self.mask}", self.mask)
         if values.ndim != 2 or values.dtype.kind not in "ub":
             raise BadImages(
                 f"the mask {self.mask} is of the shape {values.shape} and type {values.dtype}; "
                 f"one class index per pixel is needed, as in a grayscale or palette PNG."
             )
         return torch.from_numpy(values.astype(np.int64))
+
+    def read_depth(self) -> Tensor:
+        """The depth as `(height, width)` in metres, 0 where it is not known.
+
+        Raises:
+            BadImages: the file cannot be read, does not hold millimetres in 16 bits, or knows no depth at all.
+        """
+        values = _pixels(f"the depth map {self.depth}", self.depth)
+        if values.ndim != 2 or values.dtype.kind not in "ui" or values.dtype.itemsize < 2:
+            raise BadImages(
+                f"the depth map {self.depth} is of the shape {values.shape} and type {values.dtype}; one depth per "
+                f"pixel in millimetres is needed, 0 where it is not known, as in a grayscale PNG of 16 bits."
+            )
+        if not (values > 0).any():
+            raise BadImages(f"the depth map {self.depth} knows no depth: all of its pixels are 0. Leave it out.")
+        return torch.from_numpy(values.astype(np.float32) / 1000)
 
 
 def photos(data: str | Path) -> list[Sample]:
@@ -110,6 +125,18 @@ def masked(data: str | Path) -> list[Sample]:
         masks |= {path.stem: path for path in sorted(folder.rglob(f"{name}/**/*.png"))}
     samples = [Sample(path, mask=masks[path.stem]) for path in _photos(folder) if path.stem in masks]
     return _some(samples, folder, "a folder masks/ with a PNG of class indices for each photo, of the same name")
+
+
+def deep(data: str | Path) -> list[Sample]:
+    """Photos with a depth map below a folder: a PNG file of the same name below a folder `depths`.
+
+    Raises:
+        BadImages: no photo has one.
+    """
+    folder = _folder(data)
+    maps = {path.stem: path for path in sorted(folder.rglob(f"{DEPTHS}/**/*.png"))}
+    samples = [Sample(path, depth=maps[path.stem]) for path in _photos(folder) if path.stem in maps]
+    return _some(samples, folder, "a folder depths/ with a PNG of millimetres for each photo, of the same name")
 
 
 def named_classes(data: str | Path) -> dict[int, str]:
@@ -190,6 +217,15 @@ def _photo(name: str, source: Path, found: dict[str, Path]) -> Path:
     if path is None:
         raise BadImages(f"{source} names the photo {name!r}, which is not below {source.parent}.")
     return path
+
+
+def _pixels(what: str, file: Path | None) -> Any:
+    """The values of a labels' image, `(height, width)` or with channels behind."""
+    try:
+        with Image.open(str(file)) as image:
+            return np.array(image)
+    except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
+        raise BadImages(f"{what} cannot be read: {error}") from error
 
 
 def _json(path: Path) -> Any:

@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import hashlib
-import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..checkpoints.atomic import replacing_file
 from ..checkpoints.sharing import has_plan
 from ..finding.inspection import Inspection, inspect
 from ..images.decode import files
-from ..images.processors import processor_for
+from ..images.processors import chosen
 from ..images.resized import at_side
+from ..images.takes import taken_by
 from ..runtime.errors import TestregError
 from ..runtime.modeling_testreg import first_line
+from .census_table import COLUMNS, KEY, TABLES, Row, markdown, read, write
 
-TABLES = (".md", ".csv", ".json")  # how the names of tables end
+__all__ = ["TABLES", "at", "census", "markdown", "named"]
 OWN = "own"  # size: however the processor does it
 FAILED, SPOILT, CLEAN = "failed", "artefact", "none"
 NORM = "norm "  # what a threshold of one's own begins with
-COLUMNS: Mapping[str, str] = {  # in Python, CSV and JSON -> in Markdown
-    "model": "model",
-    "size": "size",
-    "verdict": "artefact?",
-    "outliers": "outliers",
-    "where": "kind",
-    "states": "states",
-    "times": "largest / median",
-    "block": "from block",
-    "values": "value norm",
-    "attention": "attention there",
-    "images": "photos with one",
-    "native": "own registers",
-    "plan": "plan",
-    "threshold": "threshold",
-    "family": "family",
-    "photos": "photos",
-    "reason": "reason",
-}
 LONGEST = 200  # letters of a reason
-IN_WORDS = " times the median norm of an image"
-SHARES = ("outliers", "images", "attention")  # of 1; per cent in Markdown
-Row = dict[str, Any]
 
 
 def census(
@@ -58,6 +34,7 @@ def census(
     load: Callable[[str], nn.Module],
     out: Path | None = None,
     sizes: Sequence[int | None] = (None,),
+    dtype: str | None = None,
     plans: tuple[str, ...] = (),
     tell: Callable[[str], Any] = lambda words: None,
     **running: Any,
@@ -67,9 +44,10 @@ def census(
     Args:
         models: names of models, as `load` takes them.
         images: a folder of photos, or one.
-        out: a table, written anew after every row; rows that it has of the same model, size and photos are not made
-            again, unless they failed.
+        out: a table, written anew after every row; rows that it has of the same model, size, dtype, processor and
+            photos are not made again, unless they failed.
         sizes: shorter sides of photos in pixels; None = the model's own.
+        dtype: in which `load` loads; None = as in the checkpoint.
         plans: repositories of the hub in which a plan for each model is looked for.
         tell: gets a sentence before each model.
         running: see `inspect`.
@@ -81,12 +59,12 @@ def census(
         TestregError: `out` is there and holds no such table, or cannot be written.
     """
     rows = {_key(row): row for row in read(out)} if out and out.exists() else {}
-    photos = _photos(images)
+    same: Row = {"photos": _photos(images), "dtype": dtype, "processor": _processor(running.get("processor"))}
     threshold = running.get("threshold")
-    for name in (name.rstrip("/") or name for name in models):
-        done = {size: rows.get((name, _size(size), photos)) for size in sizes}
-        wanted = [size for size, row in done.items() if not _done(row, threshold, plans)]
-        for row in _lookedat(name, images, photos, wanted, load, plans, tell, running):
+    for name in map(named, models):
+        about: dict[int | None, Row] = {size: {"model": name, "size": _size(size), **same} for size in sizes}
+        wanted = {size: row for size, row in about.items() if not _done(rows.get(_key(row)), threshold, plans)}
+        for row in _lookedat(name, images, wanted, load, plans, tell, running):
             rows[_key(row)] = row
             if out:
                 write(list(rows.values()), out)
@@ -96,29 +74,29 @@ def census(
 def _lookedat(
     name: str,
     images: str | Path,
-    photos: str,
-    sizes: Sequence[int | None],
+    wanted: Mapping[int | None, Row],
     load: Callable[[str], nn.Module],
     plans: tuple[str, ...],
     tell: Callable[[str], Any],
     running: Mapping[str, Any],
 ) -> Iterator[Row]:
-    if not sizes:
+    """Rows of one model: what is `wanted` of each size, filled in."""
+    if not wanted:
         return
     tell(f"looking at {name}")
-    about: Row = {**dict.fromkeys(COLUMNS), "model": name, "photos": photos}
+    empty: Row = dict.fromkeys(COLUMNS)
     try:
         model = load(name)
     except Exception as error:  # of a checkpoint that may be broken in any way
-        yield from ({**about, "size": _size(size), "verdict": FAILED, "reason": _reason(error)} for size in sizes)
+        yield from ({**empty, **row, "verdict": FAILED, "reason": _reason(error)} for row in wanted.values())
         return
     plan = _plan(name, model, plans, tell)
-    for size in sizes:
+    for size, row in wanted.items():
         try:
-            found = inspect(model, images, **{**running, **at(model, size)})
-            yield {**about, "size": _size(size), **_told(found), "plan": plan}
+            found = inspect(model, images, **{**running, **at(model, size, running.get("processor"))})
+            yield {**empty, **row, **_told(found), "plan": plan}
         except Exception as error:  # the size may not fit, memory may not do
-            yield {**about, "size": _size(size), "verdict": FAILED, "reason": _reason(error)}
+            yield {**empty, **row, "verdict": FAILED, "reason": _reason(error)}
     del model
     gc.collect()  # or two large ones would be there at once
 
@@ -132,15 +110,23 @@ def _plan(name: str, model: nn.Module, plans: tuple[str, ...], tell: Callable[[s
         return None
 
 
-def at(model: nn.Module, size: int | None) -> dict[str, Any]:
+def named(model: str) -> str:
+    """What a model is called in a table: a directory with a slash behind it is the same directory."""
+    return model.rstrip("/") or model
+
+
+def at(model: nn.Module, size: int | None, processor: Any = None) -> dict[str, Any]:
     """The arguments of `inspect` with which photos have a shorter side of `size` pixels; None = as they are.
 
+    Args:
+        processor: None = the model's own.
+
     Raises:
-        TestregError: the model's image processor does not say its own size.
+        TestregError: the image processor does not say its own size.
     """
     if size is None:
         return {}
-    processor = at_side(processor_for(model), size)
+    processor = at_side(chosen(processor, model, taken_by(model)), size)
     if processor is None:
         raise TestregError("its image processor does not say its size, so no other can be set.")
     return {"processor": processor}
@@ -163,83 +149,9 @@ def _told(found: Inspection) -> Row:
     return row
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """Rows as a table for people, without columns that nobody fills."""
-    rows = list(rows)
-    columns = [name for name in COLUMNS if any(row.get(name) not in (None, "", 0, "0") for row in rows)]
-    lines = [" | ".join(COLUMNS[name] for name in columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(_shown(name, row.get(name)) for name in columns) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def write(rows: list[Row], out: Path) -> None:
-    """Write rows as Markdown, CSV or JSON, by the file's name; the file holds the old table or the new one, whole."""
-    if out.suffix == ".md":
-        text = markdown(rows)
-    elif out.suffix == ".json":
-        text = json.dumps([{name: row.get(name) for name in COLUMNS} for row in rows], indent=2) + "\n"
-    else:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(COLUMNS), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        text = buffer.getvalue()
-    with replacing_file(out) as build:
-        build.write_text(text, encoding="utf-8", newline="")
-
-
-def read(out: Path) -> list[Row]:
-    """Rows that `write` wrote.
-
-    Raises:
-        TestregError: the file holds something else.
-    """
-    try:
-        text = out.read_text(encoding="utf-8")
-        if out.suffix == ".md":
-            rows = _from_markdown(text)
-        else:
-            rows = json.loads(text) if out.suffix == ".json" else list(csv.DictReader(io.StringIO(text)))
-        if not all({"model", "size", "photos", "verdict"} <= row.keys() <= COLUMNS.keys() for row in rows):
-            raise ValueError("it has other columns")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise TestregError(
-            f"{out} is there and holds no census, so nothing was written: {first_line(error)}. Give another --out."
-        ) from error
-    return [{name: None if value == "" else value for name, value in row.items()} for row in rows]
-
-
-def _from_markdown(text: str) -> list[Row]:
-    names = {title: name for name, title in COLUMNS.items()}
-    lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.strip()]
-    head, rule, *rest = lines
-    if set("".join(rule)) != {"-"}:
-        raise ValueError("it is no table")
-    rows = [dict(zip((names[title] for title in head), line, strict=True)) for line in rest]
-    return [{name: _parsed(name, cell) for name, cell in row.items()} for row in rows]
-
-
-def _shown(name: str, value: Any) -> str:
-    """A value in a cell, of which `_parsed` makes it again."""
-    if value in (None, ""):
-        return "-"
-    if name in SHARES:
-        return f"{100 * float(value):.{2 if name == 'outliers' else 0}f} %"
-    if name == "threshold":
-        return str(value).replace(IN_WORDS, " × median")
-    if name in ("times", "values"):
-        return f"{float(value):.3g}"
-    return " ".join(str(value).split()).replace("|", "/")
-
-
-def _parsed(name: str, cell: str) -> Any:
-    if cell == "-":
-        return None
-    return float(cell.removesuffix(" %")) / 100 if name in SHARES else cell
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    return str(row["model"]), str(row["size"]), str(row["photos"])
+def _key(row: Row) -> tuple[Any, ...]:
+    """What a row was asked for; tables of earlier versions have no dtype and no processor, as who asks for none."""
+    return tuple(row.get(name) for name in KEY)
 
 
 def _done(row: Row | None, threshold: float | None, plans: tuple[str, ...]) -> bool:
@@ -252,6 +164,14 @@ def _done(row: Row | None, threshold: float | None, plans: tuple[str, ...]) -> b
 
 def _size(size: int | None) -> str:
     return OWN if size is None else str(size)
+
+
+def _processor(given: Any) -> str | None:
+    """A processor by its name, or what is known of one that is given loaded."""
+    if given is None or isinstance(given, str):
+        return given
+    said = getattr(given, "to_json_string", given.__repr__)()
+    return f"{type(given).__name__} ({hashlib.sha256(said.encode()).hexdigest()[:8]})"
 
 
 def _photos(images: str | Path) -> str:

@@ -7,9 +7,10 @@ Imports nothing else of the package, and runs no model. Read `outliers` first, w
 from .agreement import Agreement, agreement
 from .bootstrap import Interval, bootstrap, share
 from .classify import knn, top1, zero_shot
+from .depth import rmse
 from .lost import located, lost, overlap
 from .outliers import BlockNorms, block_norms, interpolate, ratios
-from .probe import linear_probe
+from .probe import depth_probe, linear_probe
 from .segment import foreground, intersections, mean_iou, pixel_accuracy, pixel_ap, split
 from .sinks import Sinks, received, sink_rate, sinks
 
@@ -21,6 +22,7 @@ __all__ = [
     "agreement",
     "block_norms",
     "bootstrap",
+    "depth_probe",
     "foreground",
     "interpolate",
     "intersections",
@@ -34,6 +36,7 @@ __all__ = [
     "pixel_ap",
     "ratios",
     "received",
+    "rmse",
     "share",
     "sink_rate",
     "sinks",

@@ -79,8 +79,10 @@ def fetch(path: str | Path, kwargs: dict[str, Any], more: Iterable[str] = ()) ->
         try:
             directory = Path(snapshot_download(name, allow_patterns=[*FILES, *more], **hub))
         except Exception as error:  # of the hub's client: offline, no such name, no access, a full disk
+            why = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise BadCheckpoint(
-                f"{name} is no directory here, and cannot be had from the hub: {str(error).splitlines()[0]}"
+                f"{name} is no directory here, and cannot be had from the hub: {first_line(why)}. Give one with a "
+                f"config.json, or try again online."
             ) from error
     return directory / subfolder
 
@@ -194,9 +196,9 @@ def skeleton(model_class: Any, config: PreTrainedConfig, **init: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """What went wrong, in one line and without a full stop: it is said inside of a sentence."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].rstrip('. ')}" if lines else type(error).__name__
 
 
 class TestregConfig(PreTrainedConfig):

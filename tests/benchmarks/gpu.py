@@ -6,6 +6,7 @@ ONNX, plain and int8, on the processor of the same machine; `find` at 1,000 imag
 written anew after every job, so it can be cut off at any point: the same command goes on behind the jobs that are
 there. No job is begun after `--minutes`. What cannot run (no torchao, too little memory) is a row with its reason.
 
+    python -m tests.benchmarks.gpu --only "find|int8"  # the jobs whose names hold that; a regular expression
     python -m tests.benchmarks.gpu --table gpu.json    # the rows as Markdown, for docs/benchmarks.md
 
 `--device cpu --quick` tries all of it on a tiny model without a GPU; its numbers mean nothing.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -223,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=11.0)
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring in each job")
+    parser.add_argument("--only", default="", help="jobs whose names match this regular expression")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", type=Path, help="print a file's rows as Markdown, and measure nothing")
@@ -235,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     done: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"jobs": {}}
     done["machine"] = machine()
     for name, job in jobs(given.device, given.quick, given.seconds):
-        if any("reason" not in row for row in done["jobs"].get(name, ())):
+        if not re.search(given.only, name) or any("reason" not in row for row in done["jobs"].get(name, ())):
             continue
         if time.monotonic() > end:
             print(f"{name}: not begun, the {given.minutes:g} minutes are over", flush=True)

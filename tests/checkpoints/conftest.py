@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import transformers as hf
+from hub_server import Hub, serving
 from patched_models import patched
 from zoo import build
 
 import testreg
+from testreg.checkpoints import sharing
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +35,22 @@ def plain(tmp_path: Path) -> Path:
     """The same without registers, as transformers saves it."""
     build("ViTForImageClassification")[0].save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with an empty cache on this side of it."""
+    with serving() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", server.url, raising=False)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+        monkeypatch.setattr(sharing, "HfApi", lambda token=None: huggingface_hub.HfApi(server.url, token=token))
+        yield server

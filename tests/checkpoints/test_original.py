@@ -15,7 +15,6 @@ from zoo import TEXT, build
 
 import testreg
 from testreg import BadCheckpoint, BadPlan, RegisterPlan, UnsupportedModel
-from testreg.checkpoints import original
 from testreg.checkpoints import saving as checkpoint
 from testreg.checkpoints.original import is_patched, load_base
 from testreg.runtime import fingerprint as base
@@ -144,9 +143,14 @@ def test_a_strange_card_of_the_base_model_does_no_harm(front: str, plain: Path, 
     assert (testreg.save(model, tmp_path / "clean") / "README.md").stat().st_size
 
 
-def test_a_patched_name_on_the_hub_is_known_as_such(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "testreg"}))
-    monkeypatch.setattr(original, "hf_hub_download", lambda name, file: str(tmp_path / file))
+def test_a_patched_name_on_the_hub_is_known_as_such(hub) -> None:
+    hub.commit("someone/vit-clean", {"config.json": json.dumps({"model_type": "testreg"}).encode()})
+    hub.commit("someone/vit", {"config.json": json.dumps({"model_type": "vit"}).encode()})
     assert is_patched("someone/vit-clean")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    assert not is_patched("someone/vit-clean")
+    assert not is_patched("someone/vit")
+    assert not is_patched("someone/nothing")
+    hub.down = 503
+    assert is_patched("someone/vit-clean")  # from the cache
+    calls = len(hub.calls)
+    assert not is_patched("someone/else")
+    assert len(hub.calls) == calls + 1

@@ -276,13 +276,58 @@ def test_survives_save_and_load(name, tmp_path):
     assert torch.equal(again(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
+def earlier(block):
+    """Let a block's linears have the names that they had in earlier releases of transformers 5; it is not run."""
+
+    def tree(**parts):
+        holder = nn.Module()
+        for name, part in parts.items():
+            holder.add_module(name, part)
+        return holder
+
+    own = block.attention
+    inner = tree(query=own.q_proj, key=own.k_proj, value=own.v_proj)
+    block.attention = tree(attention=inner, output=tree(dense=own.o_proj))
+    if hasattr(block, "layernorm_before"):  # ViT's, not DINOv2's
+        block.intermediate, block.output = tree(dense=block.mlp.fc1), tree(dense=block.mlp.fc2)
+        del block.mlp
+    elif hasattr(block.mlp, "gate_proj"):
+        gate = block.mlp.gate_proj
+        both = nn.Linear(gate.in_features, 2 * gate.out_features)
+        block.mlp = tree(weights_in=both, weights_out=block.mlp.down_proj)
+
+
+@pytest.mark.parametrize("name", ["Dinov2Model", "ViTModel", SWIGLU])
+@pytest.mark.parametrize("where", ["content", "corners"])
+@pytest.mark.skipif(not hasattr(transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=1)), "layers"),
+                    reason="the names are those of an earlier release already")  # fmt: skip
+def test_the_names_of_earlier_releases_are_the_same_model(name, where):
+    now, _ = zoo.build(name)
+    then, _ = zoo.build(name)
+    for block in find_tower(then).blocks:
+        earlier(block)
+    known, found = plant(now, where=where, neurons=2), plant(then, where=where, neurons=2)
+    if name == SWIGLU:  # what the gate lets through is one
+        both = find_tower(then).blocks[found.block].mlp.weights_in
+        values = [neuron + both.out_features // 2 for neuron in found.neurons[found.block]]
+        assert both.weight[list(found.neurons[found.block])].any()
+        assert not both.weight[values].any()
+        assert (both.bias[values] == 1).all()
+    else:
+        assert known == found
+        pairs = zip(now.parameters(), then.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_the_seed_alone_decides():
     def weights(scramble, seed):
         model, _ = zoo.build("ViTModel")
-        for parameter in model.layers.parameters():
-            nn.init.normal_(parameter, std=scramble)
+        blocks = find_tower(model).blocks
+        for block in blocks:
+            for parameter in block.parameters():
+                nn.init.normal_(parameter, std=scramble)
         planted = plant(model, seed=seed)
-        return planted, torch.cat([parameter.flatten() for parameter in model.layers.parameters()])
+        return planted, torch.cat([parameter.flatten() for block in blocks for parameter in block.parameters()])
 
     (first, one), (same, two), (other, three) = weights(1, 0), weights(2, 0), weights(1, 1)
     assert first == same

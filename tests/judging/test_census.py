@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from PIL import Image
 import testreg
 from testreg.demo.planted import plant
 from testreg.judging import census as module
-from testreg.judging.census import census, markdown, read, write
+from testreg.judging.census import census, markdown
+from testreg.judging.census_table import COLUMNS, TABLES, read, write
 from testreg.runtime.errors import TestregError
 
 SHAPE = {
@@ -85,7 +88,7 @@ def test_several_sizes(here):
     assert clean["verdict"] == "failed"  # no patch fits into it
 
 
-@pytest.mark.parametrize("ending", module.TABLES)
+@pytest.mark.parametrize("ending", TABLES)
 def test_it_goes_on_where_it_stopped(here, tmp_path, ending):
     out, loaded = tmp_path / f"census{ending}", []
 
@@ -140,27 +143,114 @@ def test_other_photos_are_other_rows(here, tmp_path):
 
 
 def test_tables_come_back_as_they_went(tmp_path):
-    row = dict.fromkeys(module.COLUMNS)
+    row = dict.fromkeys(COLUMNS)
     row |= {"model": "a|b", "size": "own", "photos": "8 (0)", "verdict": "artefact", "outliers": 0.0201, "times": 50.04}
     row |= {"threshold": "3.4 times the median norm of an image", "native": 0}
     write([row], tmp_path / "t.json")
     assert read(tmp_path / "t.json") == [row]
     write([row], tmp_path / "t.csv")
     (back,) = read(tmp_path / "t.csv")
-    assert (back["model"], back["outliers"], back["plan"]) == ("a|b", "0.0201", None)
-    assert next(csv.reader((tmp_path / "t.csv").read_text().splitlines())) == list(module.COLUMNS)
+    assert back == {**row, "native": 0}
+    assert next(csv.reader((tmp_path / "t.csv").read_text().splitlines())) == list(COLUMNS)
     text = markdown([row])
     assert text.splitlines() == [
         "| model | size | artefact? | outliers | largest / median | threshold | photos |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| a/b | own | artefact | 2.01 % | 50 | 3.4 × median | 8 (0) |",
+        r"| a\|b | own | artefact | 2.01 % | 50 | 3.4 × median | 8 (0) |",
     ]
+
+
+ODD = [
+    "a|b", "a | b", "|", "a\\", "a\\|b", "-", "a,b", 'a "b", c', "é/模型 🤖", "two  spaces", " before and after ",
+    "a\nb", "a\r\nb\tc", "a\u2028b", "&lt;b&gt; & &#38;", "<b>bold</b>", "1e5", "3 × median", "\udce9 is no UTF-8", "'",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", [*TABLES, ".MD"])
+def test_what_a_model_is_called_comes_back_as_it_went(tmp_path, ending):
+    rows = [
+        {**dict.fromkeys(COLUMNS), "model": name, "size": "own", "photos": "8 (0)", "verdict": "failed", "reason": name}
+        for name in ODD
+    ]
+    for _ in range(2):  # as a table that is taken up again
+        write(rows, tmp_path / f"t{ending}")
+        assert read(tmp_path / f"t{ending}") == rows
+    if ending == ".MD":
+        lines = (tmp_path / "t.MD").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        assert len(lines) == 2 + len(rows) + 1
+        assert all(
+            len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 6 for line in lines[:-1]
+        )  # as GitHub tells cells apart
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path):
+    row = {"model": "é", "size": "own", "photos": "8 (0)", "verdict": "none", "times": 2.5}
+    write([row], tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "t.csv").read_bytes())
+    assert read(tmp_path / "t.csv") == [{**dict.fromkeys(COLUMNS), **row}]
+
+
+def test_a_model_of_an_odd_name_is_not_looked_at_twice(here, tmp_path):
+    odd = tmp_path / "a | b, é"
+    shutil.copytree(here / "planted", odd)
+    loaded = []
+    for ending in TABLES * 2:
+        out = tmp_path / f"t{ending}"
+        rows = census([f"{odd}/"], here / "photos", load=lambda name: loaded.append(name) or load(name), out=out)
+        assert [row["model"] for row in rows] == [str(odd)]
+    assert len(loaded) == len(TABLES)
+    said = run("inspect", f"{odd}/", "--images", here / "photos", "--out", tmp_path / "t.csv", "--json").stdout
+    assert [row["verdict"] for row in json.loads(said)] == ["artefact"]
+
+
+def test_another_dtype_and_another_processor_are_other_rows(here, tmp_path):
+    out, name = tmp_path / "t.md", here / "planted"
+
+    def look(*more):
+        given = ("inspect", name, "--images", here / "photos", "--out", out, "--json", *more)
+        result = run(*given)
+        rows = json.loads(result.stdout)
+        return "looking at" in result.stderr, [(row["size"], row["dtype"], row["processor"]) for row in rows]
+
+    own, half = ("own", None, None), ("own", "bfloat16", None)
+    grey = ("own", None, "96:0.5:0.5")
+    assert look() == (True, [own])
+    assert look() == (False, [own])
+    assert look("--dtype", "bfloat16") == (True, [own, half])
+    assert look("--processor", "96:0.5:0.5") == (True, [own, half, grey])
+    assert look("--processor", "48:0.5:0.5") == (True, [own, half, grey, ("own", None, "48:0.5:0.5")])
+    assert not any(look(*more)[0] for more in ((), ("--dtype", "bfloat16"), ("--processor", "96:0.5:0.5")))
+    assert "| bfloat16 | - |" in out.read_text()
+
+
+def test_a_processor_that_is_given_loaded_is_known_by_its_settings_and_keeps_them_at_other_sizes(here, tmp_path):
+    def made(mean):
+        size = {"height": 96, "width": 96}
+        return transformers.ViTImageProcessorPil(size=size, image_mean=[mean] * 3, image_std=[0.5] * 3)
+
+    out, loaded = tmp_path / "t.json", []
+
+    def look(mean, size=None):
+        return census(
+            models(here, "planted"), here / "photos", load=lambda name: loaded.append(name) or load(name), out=out,
+            sizes=(size,), processor=made(mean),
+        )  # fmt: skip
+
+    for mean in (0.5, 0.5, 0.1, 0.5):
+        look(mean)
+    assert len(loaded) == 2
+    row = look(0.1, 192)[-1]
+    model = load(str(here / "planted"))
+    seen = testreg.inspect(model, here / "photos", processor=module.at_side(made(0.1), 192))
+    own = testreg.inspect(model, here / "photos", **module.at(model, 192))
+    assert row["times"] == (seen.ratios[seen.artefact.shown] if seen.artefact else max(seen.ratios))
+    assert row["times"] != (own.ratios[own.artefact.shown] if own.artefact else max(own.ratios))
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("t.json", "[1]"), ("t.json", "{"), ("t.csv", "a,b\n1,2\n"), ("t.md", "# My notes\n"), ("t.md", ""),
-     ("t.md", "| a | b |\n| --- | --- |\n| 1 | 2 |\n")],
+    [("t.json", "[1]"), ("t.json", "{"), ("t.csv", "a,b\n1,2\n"), ("t.csv", 'a,"b'), ("t.md", "# My notes\n"),
+     ("t.md", ""), ("t.md", "| a | b |\n| --- | --- |\n| 1 | 2 |\n")],
 )  # fmt: skip
 def test_what_is_no_census_is_not_written_over(here, tmp_path, name, content):
     (tmp_path / name).write_text(content)

@@ -22,7 +22,7 @@ from testreg.images import labels
 from testreg.judging.arms import arms, random_neurons
 from testreg.judging.asking import ask
 from testreg.judging.evaluation import Row, _line, evaluate
-from testreg.judging.tasks import TASKS, Attention, Classify, Discovery, Outliers, Probe, SegmentText
+from testreg.judging.tasks import TASKS, Attention, Classify, Depth, Discovery, Outliers, Probe, SegmentText
 from testreg.runtime.towers import find_tower
 
 PLAN = RegisterPlan({1: (3, 5), 2: (7,)}, registers=2)
@@ -31,6 +31,7 @@ SMALL = {
     "discovery": Discovery(side=32),
     "attention": Attention(side=32),
     "probe": Probe(side=32, seeds=2, steps=5),
+    "depth": Depth(side=32, seeds=2, steps=5),
     "segment-text": SegmentText(
         side=32, classes={1: "cat", 2: "dog"}, tokenizer=lambda prompts, **settings: tokens(prompts)
     ),
@@ -43,7 +44,7 @@ OBJECT = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six photos of two classes, each a bright rectangle on noise, with boxes, masks and class folders."""
+    """Six photos of two classes, each a bright rectangle on noise, with boxes, masks, depths and class folders."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     images, annotations = [], []
@@ -55,7 +56,8 @@ def data(tmp_path_factory):
         mask = np.zeros((48, 64), np.uint8)
         mask[top : top + 24, left : left + 32] = 1 + index % 2
         mask[:2] = 255
-        for place, image in (("images", pixels), ("masks", mask), (f"classes/{kind}", pixels)):
+        depth = 2000 + 1000 * (mask == 1).astype(np.uint16)
+        for place, image in (("images", pixels), ("masks", mask), ("depths", depth), (f"classes/{kind}", pixels)):
             (folder / place).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / place / name)
         images.append({"id": index, "file_name": name, "width": 64, "height": 48})

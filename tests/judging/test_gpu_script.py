@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,23 @@ def test_without_a_gpu_it_says_that_it_was_not_run(monkeypatch, tmp_path, capsys
     gpu.main(["--out", str(tmp_path / "gpu.json")])
     assert "not run, since this machine has no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_the_jobs_that_the_docs_call_not_run_are_asked_for_by_their_commands():
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| ([^|]*) \| `python -m tests.benchmarks.gpu --only \"(.+?)\"` \|\n", page.split("## CUDA")[1])
+    names = [name for name, _ in gpu.jobs("cuda", False, 1)]
+    asked = {what: [name for name in names if re.search(only, name)] for what, only in rows}
+    assert list(map(len, asked.values())) == [1, 1, 4, 4]
+    for what, found in asked.items():
+        assert all(
+            word in what for name in found for word in name.split() if word in ("find", "int8", "float16", "flash")
+        )
+
+
+def test_only_some_jobs(tmp_path, capsys):
+    gpu.main([*DRY, "--out", str(tmp_path / "gpu.json"), "--minutes", "-1", "--only", "^find$|int8"])
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["find", "int8"]
 
 
 def test_no_job_is_begun_after_the_minutes(tmp_path, capsys):

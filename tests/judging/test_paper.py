@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -28,7 +30,10 @@ def here(tmp_path) -> Path:
     plant(model, where="corners")
     model.save_pretrained(tmp_path / "vit")
     hf.ViTImageProcessorPil(size={"height": 96, "width": 96}).save_pretrained(tmp_path / "vit")
-    for part in ("photos", "classes/a", "classes/b", "boxes"):
+    (tmp_path / "nyud" / "depths").mkdir(parents=True)
+    for index in range(3):
+        Image.fromarray(np.full((96, 96), 1000 + index, np.uint16)).save(tmp_path / "nyud" / "depths" / f"{index}.png")
+    for part in ("photos", "classes/a", "classes/b", "boxes", "nyud/photos"):
         (tmp_path / part).mkdir(parents=True)
         for index in range(12 if part == "photos" else 3):
             noise(index).save(tmp_path / part / f"{index}.png")
@@ -58,6 +63,20 @@ def test_rows_are_measured_beside_what_is_reported_and_go_on_where_they_stopped(
     assert again["DINOv2-L, ImageNet, top-1"] == found
     assert set(again["DINOv2-L, LOST CorLoc, VOC07"]) >= {"unpatched", paper.PATCHED, paper.AUTO}
     assert "in " in capsys.readouterr().out
+
+
+def test_depth_is_a_row_in_metres(here, monkeypatch):
+    (row,) = (row for row in paper.ROWS if row.data == "nyud")
+    assert (row.task.side, row.task.seeds, row.task.bins) == (518, 3, 256)
+    small = replace(row, task=replace(row.task, side=96, steps=20))  # or it takes minutes here
+    monkeypatch.setattr(paper, "ROWS", (small,))
+    given = ["--calibration", here / "photos", "--dinov2", here / "vit", "--find-all", "--out", here / "paper.md"]
+    paper.main([*map(str, given), "--nyud", str(here / "nyud")])
+    name = "DINOv2-L, linear depth, NYUd, RMSE in m"
+    found = json.loads((here / "paper.json").read_text())[name]
+    assert {"unpatched", paper.PATCHED, paper.AUTO, "random neurons instead", paper.BARE} <= found.keys()
+    assert all(0 <= value <= 0.002 for value, _, _ in found.values())  # all depths lie between 1 and 1.002 m
+    assert f"| {name} | unpatched | 0.388 | {found['unpatched'][0]:.3f} |" in (here / "paper.md").read_text()
 
 
 def test_a_row_that_fails_says_why_and_the_others_go_on(here):

@@ -88,12 +88,9 @@ class Probe(Task):
         return labels.masked(data)
 
     def look(self, arm: Arm, samples: Iterable[Sample]) -> list[np.ndarray]:
-        assert self.side is not None
-        wanted = [("states", range(len(arm.tower.blocks))[self.block])]
         features, masks = [], []
         for sample in samples:
-            (found,) = arm.features(arm.inputs(sample.path, self.side, square=True), wanted)
-            features.append(found.movedim(-1, 0))
+            features.append(features_of(arm, sample, self.side, self.block))
             masks.append(sample.read_mask() if self.foreground is None else _foreground(sample, self.foreground))
         names = torch.unique(torch.cat([mask.flatten() for mask in masks]))
         names = names[names != IGNORE]  # (classes,)
@@ -121,6 +118,15 @@ class Probe(Task):
         spread = np.std([_mean_iou(counts[:, seed]) for seed in range(self.seeds)])
         setting = f"side {self.side}, block {self.block}, {self.seeds} seeds, spread {100 * spread:.1f}"
         return {"mIoU": Measure(counts, statistic=_mean_iou_over_seeds, setting=setting)}
+
+
+def features_of(arm: Arm, sample: Sample, side: int | None, block: int) -> Tensor:
+    """Patch features after a block `(channels, rows, columns)` of a photo made a square of `side` pixels."""
+    assert side is not None
+    (found,) = arm.features(
+        arm.inputs(sample.path, side, square=True), [("states", range(len(arm.tower.blocks))[block])]
+    )
+    return found.movedim(-1, 0)
 
 
 def _foreground(sample: Sample, values: Collection[int] | None) -> Tensor:
