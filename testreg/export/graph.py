@@ -6,16 +6,17 @@ Graphs are those of `onnx_ir`, with which PyTorch's exporter makes them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..finding.linears import evening
+from ..finding.evening import SMALL, Seen, even
+from ..finding.rounding import rounded, rounded_weight
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter says which module a node comes from
 NORM = "LayerNormalization"
-TINY = 1e-6  # the least that a token is divided by
 
 
 def linears(graph: Any) -> Iterator[Any]:
@@ -124,31 +125,45 @@ def _rows(value: Any) -> np.ndarray | None:
     return np.broadcast_to(rows, (1, count, rows.shape[-1])) if rows.ndim == 3 else None
 
 
-def even_out(graph: Any, largest: Mapping[str, np.ndarray]) -> int:
-    """Give the channels in front of linears sizes that one scale can hold; in front of how many values that was done.
+def even_out(graph: Any, seen: Mapping[str, Seen], *, per_channel: bool = True) -> list[str]:
+    """Give what linears read sizes that one scale can hold; the linears whose tokens are divided too.
 
-    Each channel is divided as `testreg.finding.linears.evening` says, and the weights are multiplied. A norm divides in
+    Channels and tokens are divided as `testreg.finding.evening` says, and the weights are multiplied. A norm divides in
     its own gain and bias; in front of the other linears, those behind attention and activation, stands one
     multiplication.
 
     Args:
-        largest: value that linears read -> its channels' largest magnitude `(channels,)` on calibration images.
+        seen: value that linears read -> what calibration images have there.
+        per_channel: weights will have a scale for each output channel.
     """
-    evened = 0
+    divided: list[str] = []
     for value, readers in inputs(graph).items():
-        if value.name not in largest:
+        if value.name not in seen:
             continue
         weights = [_weight(reader) for reader in readers]  # each (channels, outputs)
-        read = np.max([np.abs(weight).max(1) for weight in weights], axis=0)  # (channels,)
-        scale = evening(torch.from_numpy(largest[value.name]), torch.from_numpy(read)).numpy()
+        found = even(
+            seen[value.name],
+            torch.from_numpy(np.concatenate(weights, 1).T),
+            partial(rounded, bits=8),
+            partial(rounded_weight, bits=8, axis=0 if per_channel else None),
+            divide=_divisible(value, readers),
+        )
+        scale = found.scale.numpy()
         if not _divide_norm(graph, value, readers, scale):
             _divide(graph, value, readers, scale)
         for reader, weight in zip(readers, weights, strict=True):
             changed = weight * scale[:, None]
             changed = changed.T.copy() if _turned(reader) else changed
             reader.replace_input_with(1, _initializer(graph, f"{reader.name}.even", changed))
-        evened += 1
-    return evened
+        if found.alike:
+            _divide_tokens(graph, readers)
+            divided += [reader.name for reader in readers]
+    return divided
+
+
+def _divisible(value: Any, readers: list[Any]) -> bool:
+    """Whether what linears read is of tokens that may differ in size; a Gemm would multiply its bias too."""
+    return value.producer().op_type not in (NORM, "Concat") and all(reader.op_type == "MatMul" for reader in readers)
 
 
 def inputs(graph: Any) -> dict[Any, list[Any]]:
@@ -187,37 +202,33 @@ def _divide(graph: Any, value: Any, readers: list[Any], scale: np.ndarray) -> No
         reader.replace_input_with(0, made)
 
 
-def per_token(graph: Any) -> int:
-    """Divide every token in front of a linear behind an activation or an attention by its largest magnitude.
+def _divide_tokens(graph: Any, readers: list[Any]) -> None:
+    """Divide every token in front of linears by its largest magnitude, and multiply their products by it again.
 
-    The product is multiplied by it again. So one scale holds tokens of any size, as dynamic ranges per token do, with
-    operators that every engine has. Norms make their tokens alike by themselves. How many linears that were.
+    So one scale holds tokens of any size, as dynamic ranges per token do, with operators that every engine has.
     """
     import onnx_ir as ir
 
-    changed = 0
-    for node in list(linears(graph)):
-        read = node.inputs[0]
-        made = None if read is None else read.producer()
-        if node.op_type != "MatMul" or made is None or made.op_type in (NORM, "Concat"):
-            continue
-        name = f"{node.name}.size"
-        axis, least = _initializer(graph, f"{name}.axis", np.array([-1], np.int64)), np.array([TINY], np.float32)
-        size = ir.node("Abs", [read], name=f"{name}.abs")
-        most = ir.node("ReduceMax", [size.outputs[0], axis], {"keepdims": 1}, name=f"{name}.max")  # (batch, tokens, 1)
-        some = ir.node("Max", [most.outputs[0], _initializer(graph, f"{name}.least", least)], name=f"{name}.some")
-        alike = ir.node("Div", [read, some.outputs[0]], name=f"{name}.alike")
-        again = ir.node("Mul", [node.outputs[0], some.outputs[0]], name=f"{name}.again")
-        for one in (size, most, some, alike, again):
-            one.outputs[0].name, one.outputs[0].dtype, one.outputs[0].type = f"{one.name}.0", read.dtype, read.type
-        alike.outputs[0].shape, again.outputs[0].shape = read.shape, node.outputs[0].shape
-        graph.insert_before(node, [size, most, some, alike])
-        ir.convenience.replace_all_uses_with(node.outputs[0], again.outputs[0])
-        again.replace_input_with(0, node.outputs[0])
-        graph.insert_after(node, again)
-        node.replace_input_with(0, alike.outputs[0])
-        changed += 1
-    return changed
+    read, name = readers[0].inputs[0], f"{readers[0].name}.size"
+    axis, least = _initializer(graph, f"{name}.axis", np.array([-1], np.int64)), np.array([SMALL], np.float32)
+    size = ir.node("Abs", [read], name=f"{name}.abs")
+    most = ir.node("ReduceMax", [size.outputs[0], axis], {"keepdims": 1}, name=f"{name}.max")  # (batch, tokens, 1)
+    some = ir.node("Max", [most.outputs[0], _initializer(graph, f"{name}.least", least)], name=f"{name}.some")
+    alike = ir.node("Div", [read, some.outputs[0]], name=f"{name}.alike")
+    graph.insert_after(read.producer(), [size, most, some, alike])
+    made = [size, most, some, alike]
+    for reader in readers:
+        product = reader.outputs[0]
+        again = ir.node("Mul", [product, some.outputs[0]], name=f"{reader.name}.again")
+        again.outputs[0].shape = product.shape
+        ir.convenience.replace_all_uses_with(product, again.outputs[0])
+        again.replace_input_with(0, product)
+        graph.insert_after(reader, again)
+        reader.replace_input_with(0, alike.outputs[0])
+        made.append(again)
+    for node in made:
+        node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].type = f"{node.name}.0", read.dtype, read.type
+    alike.outputs[0].shape = read.shape
 
 
 def _weight(node: Any) -> np.ndarray:

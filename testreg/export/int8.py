@@ -23,7 +23,7 @@ from . import graph as graphs
 from .checking import Check, check, guilty
 from .onnx import free
 from .photos import Photos
-from .quantiser import Int8, largest, quantise
+from .quantiser import Int8, quantise, watch
 from .rest import put_at_rest
 from .tracing import NORMS, Plain, of_images, traced
 
@@ -129,8 +129,7 @@ def _both(model: nn.Module, folder: Path, name: str, seen: Photos, how: Int8) ->
     ir.save(made, real)
     if how.evens:
         read = [value.name for value in graphs.inputs(made.graph)]
-        graphs.even_out(made.graph, largest(real, read, seen.calibration()))
-        graphs.per_token(made.graph)
+        graphs.even_out(made.graph, watch(real, read, seen.calibration()), per_channel=not how.per_tensor)
         graphs.tidy(made)
     ir.save(made, even)
     quantise(even, whole, seen.calibration, how)

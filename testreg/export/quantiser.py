@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..finding.evening import Seen
 from ..runtime.errors import TestregError
 from . import graph as graphs
 from .tracing import session_of
@@ -58,8 +60,9 @@ class Int8:
             "entropy", where the histogram loses least.
         per_tensor: one scale for each weight, not for each of its output channels.
         keep: what stays in float: patterns of module names, as in `"*.layers.0.*"`, or operators, as in `"Softmax"`.
-        even: give the channels in front of linears sizes that one scale can hold, in the weights; None = where linears
-            alone are quantised, since what does it would lose its own precision elsewhere.
+        even: give channels and tokens in front of linears sizes that one scale can hold (see
+            `testreg.finding.evening`); None = where linears alone are quantised, since what does it would lose its own
+            precision elsewhere.
 
     Raises:
         TestregError: a value is none of these.
@@ -119,8 +122,8 @@ def quantise(file: Path, out: Path, batches: Batches, how: Int8) -> None:
         )
 
 
-def largest(file: Path, outputs: list[str], batches: Iterable[Tensor]) -> dict[str, np.ndarray]:
-    """The largest magnitude of each channel of a graph's named values `(batch, tokens, channels)`."""
+def watch(file: Path, outputs: list[str], batches: Iterable[Tensor]) -> dict[str, Seen]:
+    """What a graph's named values `(batch, tokens, channels)` are on images."""
     import onnx_ir as ir
 
     model = ir.load(file)
@@ -128,10 +131,11 @@ def largest(file: Path, outputs: list[str], batches: Iterable[Tensor]) -> dict[s
     model.graph.outputs.extend(values[name] for name in outputs)
     watched = file.with_suffix(".watched.onnx")
     ir.save(model, watched)
-    session, found = session_of(watched), dict.fromkeys(outputs, np.zeros(1, np.float32))
+    session, found = session_of(watched), {name: Seen() for name in outputs}
     for batch in batches:
         for name, value in zip(outputs, session.run(outputs, {"pixel_values": batch.numpy()}), strict=True):
-            found[name] = np.maximum(found[name], np.abs(value).reshape(-1, value.shape[-1]).max(0))
+            for image in value if value.ndim > 2 else [value]:
+                found[name].add(torch.from_numpy(image))  # (tokens, channels)
     watched.unlink()
     return found
 

@@ -15,8 +15,9 @@ OPERANDS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
     functional.linear: (("input", "weight", "bias"), ("input", "weight")),
     torch.addmm: (("input", "mat1", "mat2"), ("mat1", "mat2")),  # Conv1D of GPT-2, its weight lying transposed
 }
-SMALL = 1e-5  # a channel that is nothing
 PACKED = functional.multi_head_attention_forward
+NORMS = {functional.layer_norm, functional.rms_norm}
+NORMED = "_testreg_normed"  # on a tensor: a norm made it
 
 
 class Linears(TorchFunctionMode):
@@ -44,7 +45,10 @@ class Linears(TorchFunctionMode):
                 return function(**given)
         if function is PACKED and id(args[5]) in self.names:
             return function(*self._packed(args), **kwargs)
-        return function(*args, **kwargs)
+        made = function(*args, **kwargs)
+        if function in NORMS or (function is torch.cat and any(map(normed, args[0]))):  # registers joined to it
+            setattr(made, NORMED, True)
+        return made
 
     def _packed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of `nn.MultiheadAttention` for self-attention, whose query, key and value are one tensor."""
@@ -54,20 +58,9 @@ class Linears(TorchFunctionMode):
         return tokens, tokens if key is query else key, tokens if value is query else value, *rest
 
 
-ALPHA = 0.9
-
-
-def evening(largest: Tensor, weights: Tensor) -> Tensor:
-    """What each channel in front of a linear is divided by, and its weights multiplied with: one scale then fits all.
-
-    SmoothQuant (arXiv 2211.10438), equation 4. Its alpha of 0.5 shares the burden with the weights; where each output
-    channel has a scale of its own they bear nearly all of it.
-
-    Args:
-        largest: the channels' largest magnitude `(channels,)`.
-        weights: that of the weights that read them `(channels,)`.
-    """
-    return largest.clamp(min=SMALL) ** ALPHA / weights.clamp(min=SMALL) ** (1 - ALPHA)
+def normed(tokens: Tensor) -> bool:
+    """Whether a norm made what a linear is given, so that its tokens are alike."""
+    return hasattr(tokens, NORMED)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finding.linears import Linears, evening, linears
+from ..finding.evening import ROWS, Even, Seen, even
+from ..finding.linears import Linears, linears, normed
+from ..finding.rounding import SMALLEST, rounded, rounded_weight
 from ..runtime.errors import TestregError
 from .asking import ask
 
 FP8 = getattr(torch, "float8_e4m3fn", None)
-SMALLEST = 1e-12  # a scale; a tensor of zeros has one too
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Scheme:
         per_token: one range for each token, taken as it comes (dynamic); otherwise one for each linear's input, from
             calibration images (static). With a zero point.
         clip: static ranges end where this share of an image's values lies inside, 0.5..1; None = at the extremes.
-        even: static ranges are of channels that were given sizes that one scale can hold (see
-            `testreg.finding.linears.evening`), as `testreg.export.export_int8` does it.
+        even: static ranges are of channels and tokens that were given sizes that one scale can hold, as
+            `testreg.export.export_int8` does it (see `testreg.finding.evening`).
     """
 
     weights: int | str
@@ -51,8 +52,11 @@ class Scheme:
                 raise TestregError(f"{name} have {bits!r} bits; 2 to 8 can be simulated, 16 change nothing, or fp8.")
         if self.clip is not None and not 0.5 < self.clip <= 1:
             raise TestregError(f"clip is {self.clip}; it is the share of values that stay, as in 0.9999.")
-        if self.even and (self.clip is not None or self.per_token):
-            raise TestregError("even is for static ranges that end at the extremes: leave out clip and per_token.")
+        if self.even and (self.clip is not None or not self.static):
+            raise TestregError(
+                "even is for static ranges of activations that end at the extremes: leave out clip and per_token, and "
+                "give activations 8 bits or fewer."
+            )
 
     @classmethod
     def parse(cls, text: str, **settings: Any) -> Scheme:
@@ -82,15 +86,9 @@ def weight_of(weight: Tensor, scheme: Scheme, axis: int = 0) -> Tensor:
     """A weight as `scheme` holds it; `axis` is that of its output channels."""
     if scheme.weights == 16:
         return weight
-    largest = weight.abs().amax(1 - axis) if scheme.per_channel else weight.abs().amax()  # (channels,) or ()
     if scheme.weights == "fp8":
-        return _fp8(weight, largest.unsqueeze(1 - axis) if scheme.per_channel else largest)
-    end = 2 ** (int(scheme.weights) - 1) - 1
-    scale = (largest.float() / end).clamp(min=SMALLEST)
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    if scheme.per_channel:
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero, axis, -end, end)
-    return torch.fake_quantize_per_tensor_affine(weight, scale, zero, -end, end)
+        return _fp8(weight, weight.abs().amax(1 - axis, keepdim=True) if scheme.per_channel else weight.abs().amax())
+    return rounded_weight(weight, int(scheme.weights), axis if scheme.per_channel else None)
 
 
 def activation_of(tokens: Tensor, scheme: Scheme, low: Tensor, high: Tensor) -> Tensor:
@@ -102,14 +100,7 @@ def activation_of(tokens: Tensor, scheme: Scheme, low: Tensor, high: Tensor) -> 
     if scheme.activations == "fp8":
         largest = torch.maximum(-low, high)
         return _fp8(tokens, largest.view(*tokens.shape[:-1], 1) if largest.ndim else largest)
-    end = 2 ** int(scheme.activations) - 1
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)  # zero is always among the values
-    scale = ((high - low) / end).clamp(min=SMALLEST)
-    zero = (-low / scale).round().clamp(0, end).to(torch.int32)
-    if not low.ndim:
-        return torch.fake_quantize_per_tensor_affine(tokens, scale, zero, 0, end)
-    rows = tokens.flatten(0, -2)  # (tokens, channels)
-    return torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, 0, end).view_as(tokens)
+    return rounded(tokens, low, high, int(scheme.activations))
 
 
 def _fp8(values: Tensor, largest: Tensor) -> Tensor:
@@ -123,38 +114,41 @@ class Ranges(Linears):
     """Ends of what reaches each linear in the forward passes inside the `with`, by its name.
 
     Attributes:
-        ends: lows and highs, of every channel `(channels,)`; or, clipped, of all together `()`, means over images.
+        seen: ends of every channel, and a few tokens where they are to be evened out.
+        ends: clipped, lows and highs of all channels together `()`, means over images.
         images: how many each is of.
 
     Args:
-        clip: see `Scheme`.
+        clip, even: see `Scheme`.
     """
 
-    def __init__(self, model: nn.Module, clip: float | None = None):
+    def __init__(self, model: nn.Module, clip: float | None = None, even: bool = False):
         super().__init__(model)
-        self.clip = clip
+        self.clip, self.kept = clip, ROWS if even else 0
+        self.seen: dict[str, Seen] = {}
         self.ends: dict[str, tuple[Tensor, Tensor]] = {}
         self.images: dict[str, int] = {}
 
     def meet(self, name: str, tokens: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor]:
         self.images.setdefault(name, 0)
         if tokens is not None:
-            for image in tokens if tokens.ndim > 2 else [tokens]:
-                self._add(name, image.float())  # (tokens, channels)
+            for image in tokens if tokens.ndim > 2 else [tokens]:  # (tokens, channels)
+                if self.clip is None:
+                    self.seen.setdefault(name, Seen(self.kept)).add(image.float())
+                else:
+                    self._clip(name, image.float(), self.clip)
+                self.images[name] += 1
         return tokens, weight
 
-    def _add(self, name: str, values: Tensor) -> None:
-        seen = self.images[name]
-        if self.clip is None:
-            low, high = values.amin(0), values.amax(0)
-            old = self.ends.get(name, (low, high))
-            self.ends[name] = torch.minimum(old[0], low), torch.maximum(old[1], high)
-        else:
-            outside = int((1 - self.clip) / 2 * values.numel()) + 1  # at either end
-            low, high = -(-values).flatten().topk(outside).values[-1], values.flatten().topk(outside).values[-1]
-            old = self.ends.get(name, (low, high))
-            self.ends[name] = old[0] + (low - old[0]) / (seen + 1), old[1] + (high - old[1]) / (seen + 1)
-        self.images[name] = seen + 1
+    def range(self, name: str) -> tuple[Tensor, Tensor]:
+        """Low and high end of what reaches a linear, each `()`."""
+        return self.ends[name] if self.clip is not None else (self.seen[name].low.amin(), self.seen[name].high.amax())
+
+    def _clip(self, name: str, values: Tensor, share: float) -> None:
+        outside = int((1 - share) / 2 * values.numel()) + 1  # at either end
+        low, high = -(-values).flatten().topk(outside).values[-1], values.flatten().topk(outside).values[-1]
+        old, count = self.ends.get(name, (low, high)), self.images[name] + 1
+        self.ends[name] = old[0] + (low - old[0]) / count, old[1] + (high - old[1]) / count
 
 
 class Quantised(Linears):
@@ -170,38 +164,38 @@ class Quantised(Linears):
         self.scheme, self.ranges = scheme, ranges
         self.axes = {name: axis for name, _, axis in linears(model)}
         self.weights: dict[str, Tensor] = {}
-        self.scales: dict[str, Tensor] = {}
+        self.evened: dict[str, Even] = {}
 
     def meet(self, name: str, tokens: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor]:
         if name not in self.ranges.images:
             return tokens, weight
-        evened = self.scheme.even and tokens is not None
-        if evened and name not in self.scales:
-            self.scales[name] = self._scale(name, weight)
+        evened = self._even(name, tokens, weight) if self.scheme.even and tokens is not None else None
         if name not in self.weights:
-            axis = self.axes[name]
-            whole = weight.detach() * self._along(self.scales[name], axis) if evened else weight.detach()
+            whole, axis = weight.detach(), self.axes[name]
+            if evened is not None:
+                whole = whole * (evened.scale if axis == 0 else evened.scale[:, None])
             self.weights[name] = weight_of(whole, self.scheme, axis)
         weight = self.weights[name]
         if tokens is None or self.scheme.activations == 16:
             return tokens, weight
+        if evened is not None:
+            tokens, size = evened(tokens)
+            return activation_of(tokens, self.scheme, evened.low, evened.high) * size, weight
         if self.scheme.per_token:
             rows = tokens.flatten(0, -2)  # (tokens, channels)
             return activation_of(tokens, self.scheme, rows.amin(1), rows.amax(1)), weight
-        low, high = self.ranges.ends[name]
-        if evened:
-            scale = self.scales[name]
-            tokens, low, high = tokens / scale, low / scale, high / scale
-        return activation_of(tokens, self.scheme, low.amin(), high.amax()), weight
+        return activation_of(tokens, self.scheme, *self.ranges.range(name)), weight
 
-    def _scale(self, name: str, weight: Tensor) -> Tensor:
-        low, high = self.ranges.ends[name]
-        return evening(torch.maximum(-low, high), weight.detach().abs().amax(self.axes[name])).to(weight)
-
-    @staticmethod
-    def _along(scale: Tensor, axis: int) -> Tensor:
-        """A scale of input channels, for a weight whose output channels are on `axis`."""
-        return scale if axis == 0 else scale[:, None]
+    def _even(self, name: str, tokens: Tensor, weight: Tensor) -> Even:
+        if name not in self.evened:
+            self.evened[name] = even(
+                self.ranges.seen[name],
+                weight.detach() if self.axes[name] == 0 else weight.detach().mT,
+                lambda tokens, low, high: activation_of(tokens, self.scheme, low, high),
+                lambda weight: weight_of(weight, self.scheme),
+                divide=tokens.ndim > 2 and not normed(tokens),
+            )
+        return self.evened[name]
 
 
 def quantised(
@@ -215,7 +209,7 @@ def quantised(
     Raises:
         TestregError: no linear of the model was met on any batch.
     """
-    with Ranges(model, scheme.clip) as ranges:
+    with Ranges(model, scheme.clip, scheme.even) as ranges:
         for batch in batches:
             ask(model, batch)
             if not scheme.static:

@@ -1,5 +1,7 @@
 """Simulated quantisation: values that a few bits can hold, arms of an evaluation, what inspect says of its cost."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers as hf
@@ -9,7 +11,9 @@ from torch import nn
 import testreg
 from testreg import BadImages, TestregError
 from testreg.demo.planted import plant
-from testreg.finding.linears import ALPHA, Linears, evening, linears
+from testreg.finding.evening import Seen, channels, even
+from testreg.finding.linears import Linears, linears
+from testreg.finding.rounding import rounded, rounded_weight
 from testreg.judging.evaluation import evaluate
 from testreg.judging.quantise import FP8, Scheme, activation_of, quantised, weight_of
 
@@ -51,10 +55,69 @@ def test_float8_is_torchs_own():
     torch.testing.assert_close(weight_of(weight, Scheme.parse("fp8")), expected)
 
 
-def test_evening_is_the_papers_equation():
+def test_channels_are_divided_as_in_the_papers_equation():
     largest, weights = torch.tensor([16.0, 0.0]), torch.tensor([4.0, 1.0])
-    expected = torch.tensor([16**ALPHA / 4 ** (1 - ALPHA), 1e-5**ALPHA])
-    torch.testing.assert_close(evening(largest, weights), expected)
+    torch.testing.assert_close(channels(largest, weights, 0.75), torch.tensor([16**0.75 / 4**0.25, 1e-5**0.75]))
+
+
+def of_images(*images):
+    seen = Seen()
+    for image in images:
+        seen.add(image)
+    return seen
+
+
+def eight_bits(seen, weight, **more):
+    return even(seen, weight, partial(rounded, bits=8), partial(rounded_weight, bits=8, axis=0), **more)
+
+
+def test_what_is_seen_of_images():
+    images = [torch.randn(50, 6, generator=torch.Generator().manual_seed(index)) for index in range(40)]
+    seen = of_images(*images)
+    whole = torch.cat(images)
+    assert torch.equal(seen.low, whole.amin(0))
+    assert torch.equal(seen.high, whole.amax(0))
+    assert torch.cat(seen.rows).shape == (256, 6)  # eight of each of 32 images
+    assert torch.equal(seen.rows[3][[0, -1]], images[3][[0, -1]])
+
+
+def test_evening_out_loses_least_and_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 20, generator=generator)
+    sizes = 10 ** torch.linspace(-2, 1, 20)  # of the channels
+    tokens = torch.randn(60, 20, generator=generator) * sizes
+
+    def lost(found):
+        values, again = found(tokens)
+        held = rounded_weight(weight * found.scale, 8, 0)
+        return (rounded(values, found.low, found.high, 8) * again @ held.mT - tokens @ weight.mT).square().mean()
+
+    found = eight_bits(of_images(tokens), weight, divide=False)
+    values, again = found(tokens)
+    torch.testing.assert_close(again * values @ (weight * found.scale).mT, tokens @ weight.mT, atol=1e-4, rtol=1e-4)
+    plain = rounded(tokens, tokens.amin(), tokens.amax(), 8) @ rounded_weight(weight, 8, 0).mT - tokens @ weight.mT
+    assert lost(found) < plain.square().mean() / 3
+
+    tokens *= 10 ** torch.linspace(-2, 1, 60)[:, None]  # tokens of many sizes
+    seen = of_images(tokens)
+    found = eight_bits(seen, weight, divide=True)
+    assert lost(found) < lost(eight_bits(seen, weight, divide=False)) / 2
+    values, again = found(tokens)
+    assert values.abs().max() <= 1
+    torch.testing.assert_close(again * values @ (weight * found.scale).mT, tokens @ weight.mT, atol=1e-3, rtol=1e-4)
+
+
+def test_tokens_are_divided_where_no_norm_made_them(planted):
+    model, plan, _ = planted
+    batch = {"pixel_values": torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0))}
+    with testreg.patch(model, plan):
+        state = quantised(model, Scheme(8, 8, even=True), [batch])
+        with state, torch.no_grad():
+            model(**batch)
+    divided = {name.split(".")[-1] for name, found in state.evened.items() if found.alike}
+    others = {name.split(".")[-1] for name, found in state.evened.items() if not found.alike}
+    assert divided == {"o_proj", "fc2"}
+    assert others == {"q_proj", "k_proj", "v_proj", "fc1", "classifier"}
 
 
 @pytest.mark.parametrize(
@@ -65,8 +128,9 @@ def test_schemes_that_are_none(text, says):
         Scheme.parse(text)
     with pytest.raises(TestregError, match="clip is 3"):
         Scheme(8, 8, clip=3)
-    with pytest.raises(TestregError, match="leave out clip"):
-        Scheme(8, 8, clip=0.999, even=True)
+    for more in ({"clip": 0.999}, {"per_token": True}, {"activations": 16}):
+        with pytest.raises(TestregError, match="leave out clip"):
+            Scheme(**{"weights": 8, "activations": 8, "even": True, **more})
 
 
 def test_every_linear_is_met_with_what_it_multiplies():
