@@ -23,7 +23,8 @@ class Texts:
     Args:
         text: a text; a file, or a folder of files (a `Path` each); a dataset whose rows have a column "text"; token ids
             `(tokens,)`, cut here, or `(sequences, length)`, taken as they are; or several of the first three.
-        tokenizer: by default the one that lies with the model's checkpoint.
+        tokenizer: by default the model's own `tokenizer`, or the one that lies with its checkpoint; another one, or the
+            name of a checkpoint that has it.
         length: tokens of a sequence, its start token among them.
         limit: the most tokens that are given.
         joined: texts follow one another, since most data sets have many short ones; else each begins a sequence.
@@ -57,6 +58,8 @@ class Texts:
         """What makes tokens of text; looked for where none was given."""
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(self.model)
+        elif isinstance(self._tokenizer, (str, Path)):
+            self._tokenizer = tokenizer_named(self._tokenizer)
         return self._tokenizer
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -127,21 +130,42 @@ def digest(sequence: Tensor) -> str:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies with a model's checkpoint.
+    """The tokenizer that a model was given as its `tokenizer`, or that lies with its checkpoint.
+
+    Raises:
+        BadText: there is none.
+    """
+    own = getattr(model, "tokenizer", None)
+    return own if callable(own) else tokenizer_named(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def tokenizer_named(name: str | Path) -> Any:
+    """The tokenizer that lies with a checkpoint.
 
     Raises:
         BadText: there is none.
     """
     from transformers import AutoTokenizer
 
-    name = getattr(model, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().exists() else name)
     except Exception as error:  # whatever a damaged file or an unreachable hub raises
         raise BadText(
-            f"there is no usable tokenizer with {name or type(model).__name__!r} ({type(error).__name__}): pass "
-            f"tokenizer=transformers.AutoTokenizer.from_pretrained(NAME), or text as token ids (sequences, tokens)."
+            f"there is no usable tokenizer with {str(name)!r} ({type(error).__name__}): pass tokenizer=NAME "
+            f"(--tokenizer NAME), a checkpoint that has the model's."
         ) from error
+
+
+def existing(path: Path) -> Path:
+    """The path of a file or folder that exists, `~` expanded.
+
+    Raises:
+        BadText: there is none.
+    """
+    full = path.expanduser()
+    if not full.exists():
+        raise BadText(f"there is no file or folder {str(path)!r} of text.")
+    return full
 
 
 def _body(tokenizer: Any, piece: str, begin: list[int]) -> list[int]:
@@ -168,7 +192,7 @@ def _texts(text: Any) -> Iterator[Iterator[str]]:
 
 
 def _files(path: Path) -> list[Path]:
-    path = path.expanduser()
+    path = existing(path)
     if not path.is_dir():
         return [path]
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
