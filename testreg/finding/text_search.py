@@ -86,7 +86,7 @@ def find_text(
         read = reduce(add, parts)
         if len(read.sample) < FEWEST:
             if not read.norms.images:
-                raise BadText(texts.nothing())
+                raise BadText(texts.nothing(FEWEST))
             raise BadText(
                 f"{len(read.sample)} different sequences of {LENGTH} tokens are too few: {FEWEST} are needed at "
                 f"least, 100 best."

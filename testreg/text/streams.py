@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runtime.errors import BadText
 
 PIECE = 2**16  # characters that are made to tokens at once
+MOST_UNKNOWN = 0.5  # of a sequence's tokens: of no text in any language that a tokenizer is for
 ENDINGS = (".txt", ".md", ".rst", ".text")  # of files in a folder that are text
 
 
@@ -70,8 +71,12 @@ class Texts:
             self.tokens += len(sequence)
             yield sequence
 
-    def nothing(self) -> str:
-        """What to say where there is no sequence."""
+    def nothing(self, sequences: int = 1) -> str:
+        """What to say where there is no sequence.
+
+        Args:
+            sequences: that are needed at least.
+        """
         if self.text is None or not self.texts:
             return f"there is no text: give a text, a file or a folder of files ({', '.join(ENDINGS)}), or token ids."
         if isinstance(self.text, str) and len(self.text) < 4096 and Path(self.text).exists():
@@ -79,8 +84,8 @@ class Texts:
                 f"the text is too short, and it is the name of a file: give pathlib.Path({self.text!r}) to read that."
             )
         return (
-            f"the text is too short: a text of {self.length} tokens at least is needed, 100 times that best, and "
-            f"{len(self.rest)} were given."
+            f"the text is too short: {self.length * sequences:,} tokens at least are needed, {self.length * 100:,} are "
+            f"best, and {len(self.rest)} were given."
         )
 
     def _given(self, ids: Tensor) -> Iterator[Tensor]:
@@ -103,9 +108,25 @@ class Texts:
                 step = self.length - len(self.begin)
                 held += _body(self.tokenizer, piece, self.begin)
                 while len(held) >= step:
-                    yield torch.tensor(self.begin + held[:step])
+                    yield self._known(torch.tensor(self.begin + held[:step]))
                     held = held[step:]
         self.rest = torch.tensor(self.begin + held if held else [], dtype=torch.long)
+
+    def _known(self, sequence: Tensor) -> Tensor:
+        """The sequence.
+
+        Raises:
+            BadText: the tokenizer does not know most of it.
+        """
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        share = 0.0 if unknown is None else float((sequence == unknown).float().mean())
+        if share > MOST_UNKNOWN:
+            raise BadText(
+                f"the tokenizer does not know {share:.0%} of the text (its token {self.tokenizer.unk_token!r}): it is "
+                f"another model's, or the text is none. Pass tokenizer=NAME (--tokenizer NAME), a checkpoint that has "
+                f"the model's."
+            )
+        return sequence
 
     @cached_property
     def begin(self) -> list[int]:
@@ -206,7 +227,9 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8") as file:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
-        raise BadText(f"{path} cannot be read as text in UTF-8: {error}") from error
+        raise BadText(
+            f"{path} cannot be read as text in UTF-8: {error}. Write it in UTF-8 (iconv does), or leave it out."
+        ) from error
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[str]:

@@ -222,6 +222,19 @@ def test_bad_text(planted, text, error, message):
         testreg.find(planted.model, text=text)
 
 
+def test_a_tokenizer_of_another_model(planted):
+    class Foreign(Words):
+        unk_token_id, unk_token = 63, "<unk>"
+
+        def __call__(self, text):
+            return {"input_ids": [START, *(63 for _ in text.split())]}
+
+    with pytest.raises(BadText, match=r"does not know 100% of the text \(its token '<unk>'\)"):
+        testreg.find(planted.model, text="w " * 3000, tokenizer=Foreign())
+    with pytest.raises(BadText, match="no usable tokenizer with 'nowhere'"):
+        testreg.find(planted.model, text="w " * 3000, tokenizer="nowhere")
+
+
 def test_a_name_of_a_file_is_told_from_a_text(planted, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("1 2 3")
