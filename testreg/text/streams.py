@@ -61,6 +61,11 @@ class Texts:
             self._tokenizer = tokenizer_of(self.model)
         elif isinstance(self._tokenizer, (str, Path)):
             self._tokenizer = tokenizer_named(self._tokenizer)
+        if not callable(self._tokenizer) or not hasattr(self._tokenizer, "bos_token_id"):
+            raise BadText(
+                f"tokenizer must be one of transformers, or the name of a checkpoint that has it, not a "
+                f"{type(self._tokenizer).__name__}."
+            )
         return self._tokenizer
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -79,9 +84,12 @@ class Texts:
         """
         if self.text is None or not self.texts:
             return f"there is no text: give a text, a file or a folder of files ({', '.join(ENDINGS)}), or token ids."
-        if isinstance(self.text, str) and len(self.text) < 4096 and Path(self.text).exists():
+        several = self.text if isinstance(self.text, (list, tuple)) else [self.text]
+        names = [one for one in several if isinstance(one, str) and len(one) < 4096 and Path(one).exists()]
+        if names:
             return (
-                f"the text is too short, and it is the name of a file: give pathlib.Path({self.text!r}) to read that."
+                f"the text is too short, and {names[0]!r} is the name of a file or folder: give "
+                f"pathlib.Path({names[0]!r}) to read that."
             )
         return (
             f"the text is too short: {self.length * sequences:,} tokens at least are needed, {self.length * 100:,} are "
@@ -91,7 +99,10 @@ class Texts:
     def _given(self, ids: Tensor) -> Iterator[Tensor]:
         self.texts, self.rest = int(ids.numel() > 0), ids.flatten()[:0]
         if ids.is_floating_point() or ids.ndim not in (1, 2):
-            raise BadText(f"token ids must be whole numbers (tokens,) or (sequences, tokens), not {ids.dtype}.")
+            raise BadText(
+                f"token ids must be whole numbers (tokens,) or (sequences, tokens), not {ids.dtype} of shape "
+                f"{tuple(ids.shape)}."
+            )
         if ids.ndim == 2:
             yield from ids
             return
@@ -207,8 +218,8 @@ def _texts(text: Any) -> Iterator[Iterator[str]]:
             yield from _texts(one)
     else:
         raise BadText(
-            "text must be texts, files of text (a Path each), rows with a column 'text', or token ids (sequences, "
-            f"tokens), not a {type(text).__name__}."
+            "text must be texts, files of text (a Path each), rows with a column 'text', or a tensor of token ids "
+            f"(sequences, tokens), not a {type(text).__name__}."
         )
 
 

@@ -233,13 +233,16 @@ def test_a_tokenizer_of_another_model(planted):
         testreg.find(planted.model, text="w " * 3000, tokenizer=Foreign())
     with pytest.raises(BadText, match="no usable tokenizer with 'nowhere'"):
         testreg.find(planted.model, text="w " * 3000, tokenizer="nowhere")
+    with pytest.raises(BadText, match=r"tokenizer must be one of transformers.*not a function"):
+        testreg.find(planted.model, text="w " * 3000, tokenizer=lambda text: [1])
 
 
 def test_a_name_of_a_file_is_told_from_a_text(planted, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("1 2 3")
-    with pytest.raises(BadText, match="is the name of a file"):
-        testreg.find(planted.model, text=str(file), tokenizer=Words())
+    for given in (str(file), [str(file)]):
+        with pytest.raises(BadText, match="is the name of a file"):
+            testreg.find(planted.model, text=given, tokenizer=Words())
 
 
 def test_bad_models(planted):
