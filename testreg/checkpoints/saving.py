@@ -126,6 +126,9 @@ def save(
             own: Any = getattr(model, "image_processor", None)
             if hasattr(own, "save_pretrained") and not any("processor_config" in path.name for path in build.iterdir()):
                 own.save_pretrained(build)
+            own = getattr(model, "tokenizer", None)
+            if hasattr(own, "save_pretrained") and not (build / "tokenizer_config.json").exists():
+                own.save_pretrained(build)
             for path in CODE:
                 copyfile(path, build / path.name)
             base_config = {key: value for key, value in read_json(build / "config.json").items() if key != "auto_map"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,6 +34,8 @@ from ..runtime.errors import (
 
 EXITS = {NoOutliers: 3, Harmful: 4}  # 1: any other error; 2: the command line itself
 INTERRUPTED = 130  # as shells have it
+VALUE = r"[\w.]*\([^()]*\)"  # a call, or several values
+ARGUMENT = re.compile(rf"(?:\w+=[^\s();]+|(?:\w+=)?{VALUE}) \((--[^)]+?)(?: on the command line)?\)")
 # What libraries print by themselves, in logs and pipes: transformers' and the hub's bars and notes.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
 
@@ -73,7 +76,7 @@ class Commands(click.Group):
                 raise
             code = next((code for kind, code in EXITS.items() if isinstance(error, kind)), 1)
             leads = leads or type(error).__name__ == "Lost"  # all processes end in the same error: one says it
-            words = str(error)
+            words = as_options(str(error))
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:
@@ -125,6 +128,14 @@ def writing(file: Path) -> Iterator[Path]:
             yield build
     except OSError as error:
         raise TestregError(f"{file} could not be written: {error.strerror or error}.") from error
+
+
+def as_options(words: str) -> str:
+    """What an error says, with options alone where it has an argument of Python and the option behind it in brackets.
+
+    As in "pass replace=True (--replace)".
+    """
+    return ARGUMENT.sub(r"\1", words)
 
 
 def note(words: str) -> None:

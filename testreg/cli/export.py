@@ -80,7 +80,8 @@ def export(
     """
     from .. import BadPlan, active
     from .. import patch as install
-    from ..runtime.guard import all_acting
+    from ..export.language import export_language, speaking
+    from ..runtime.decoders import towers_of
 
     if int8 and (form != "onnx" or images is None):
         raise click.UsageError("--int8 goes with --format onnx and needs --images: photos to calibrate on.")
@@ -97,13 +98,10 @@ def export(
         raise click.UsageError(f"--{first} goes with --int8.")
     if form == "onnx":
         writable(out)
-    loaded, plan = load_both(model, plan_file, {**given, "images": images}, check=not force)
+    loaded, plan = load_both(model, plan_file, {**given, "images": images}, check=not force, holds=towers_of)
     if plan:
         install(loaded, plan)
-    speaks = next((acting.tower for acting in all_acting(loaded) if acting.plan.language), None)
-    if speaks:
-        from ..export.language import export_language
-
+    if speaks := speaking(loaded):
         if form == "onnx" or images or library:
             raise click.UsageError("a language model is exported by --format stock, without --images and --library.")
         written = export_language(loaded, speaks, out, replace=replace, force=force)

@@ -13,7 +13,6 @@ from . import text_words, words
 from .console import note, wrapped, writable, writing
 from .group import (
     IMAGES,
-    TEXT,
     Place,
     as_json,
     choices,
@@ -27,6 +26,7 @@ from .group import (
     say,
     span,
     text_alone,
+    text_of,
     with_plan,
 )
 
@@ -108,7 +108,8 @@ def find(
     explanation = said.explanation(told) if explain else ""
     say(words.paragraphs(said.plan(plan.to_dict()), explanation, said.guard(told)))
     if out and given["text"]:
-        line = f"testreg patch {model} --text {given['text']} --plan {out} --out DIRECTORY"
+        more = f"--tokenizer {given['tokenizer']} " if given["tokenizer"] else ""
+        line = f"testreg patch {model} --text {given['text']} {more}--plan {out} --out DIRECTORY"
         say(f"\nPlan in {out}. Apply it:\n\n    {line}")
     elif out:
         more = f"--processor {given['processor']} " if given["processor"] else ""
@@ -122,7 +123,7 @@ def find(
 @main.command(short_help="Have models the artefact? Patch norms per block, or a table of many.")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--images", **IMAGES)
-@click.option("--text", **TEXT)
+@text_of
 @click.option("--threshold", type=float, help="Norm from which on a patch is an outlier.")
 @click.option(
     "--size", "sizes", type=click.IntRange(min=1), multiple=True, help="Shorter side of photos; may be given again."
@@ -164,7 +165,7 @@ def inspect(
 
         if many or sizes:
             raise click.UsageError("with --text one model is looked at, and neither --size, --plans nor --out fits.")
-        loaded = load_model(models[0], given, patched=True, check=find_blocks)
+        loaded = load_model(models[0], {**given, "text": text}, patched=True, check=find_blocks)
         read = look(loaded, text=text, batch_size=given["batch_size"])
         return print_json(read.to_dict()) if as_json else say(text_words.sinks(read.to_dict()), wrapped(read.verdict))
     if many:

@@ -6,12 +6,13 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..runtime import __version__
 from ..runtime.errors import TestregError
@@ -114,11 +115,20 @@ with_plan = options(
     click.option("--plans", help="Plans on the hub, owner/collection, among which MODEL's is found by its weights."),
 )
 photos = options(click.option("--images", required=True, **IMAGES), running)
-TEXT: dict[str, Any] = {
-    "type": Place(path_type=Path),
-    "help": "For a language model instead: a file or folder of text, 100 kB or more.",
-}
-photos_or_text = options(click.option("--images", **IMAGES), click.option("--text", **TEXT), running)
+tokenizing = click.option("--tokenizer", help="How text becomes tokens: a checkpoint that has it. Default: MODEL's.")
+text_of = options(
+    click.option(
+        "--text",
+        type=Place(path_type=Path),
+        help="For a language model instead: a file or folder of text, 100 kB or more.",
+    ),
+    tokenizing,
+)
+photos_or_text = options(click.option("--images", **IMAGES), text_of, running)
+OF_IMAGES = (
+    "threshold", "blocks", "top_k", "registers", "form", "sizes", "entry", "recipe", "workers", "limit",
+    "processor",
+)  # fmt: skip
 choices = options(
     click.option("--threshold", type=float, help="Norm from which on a patch is an outlier."),
     click.option("--blocks", help="Where register neurons may be: FIRST-LAST, from 0."),
@@ -158,10 +168,14 @@ def load_model(
     from ..images.takes import taken_by
     from ..runtime.decoders import find_decoder
     from ..runtime.modeling_testreg import load
+    from ..text.streams import existing as existing_text
+    from ..text.streams import tokenizer_named
 
     images = given.get("images") or ()
     for path in [images] if isinstance(images, (str, Path)) else images:
         existing(path)  # a typo is told before anything slow
+    if isinstance(given.get("text"), Path):
+        existing_text(given["text"])
     device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -177,13 +191,25 @@ def load_model(
         loaded = load_base(model, **kwargs, trust_remote_code=given.get("trust_remote_code", False))
     if processor := given.get("processor"):
         loaded.image_processor = chosen(processor, loaded, taken_by(loaded))
+    if tokenizer := given.get("tokenizer"):
+        loaded.tokenizer = tokenizer_named(tokenizer)
     return loaded.to(device)
 
 
 def load_both(
-    model: str, plan_file: str | None, given: Mapping[str, Any], *, patched: bool = True, check: bool = True
+    model: str,
+    plan_file: str | None,
+    given: Mapping[str, Any],
+    *,
+    patched: bool = True,
+    check: bool = True,
+    holds: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """The model, and the plan, if any, which has to be of this model."""
+    """The model, and the plan, if any, which has to be of this model.
+
+    Args:
+        holds: raises where the model is none of those wanted.
+    """
     from .. import RegisterPlan
     from ..runtime.fingerprint import check_base
 
@@ -193,17 +219,33 @@ def load_both(
     plan = RegisterPlan.load(plan_file, force=not check) if plan_file else None
     if plan and plan.language:
         given = {**given, "text": given.get("text") or True}
-    loaded = load_model(model, given, patched=patched)
+    loaded = load_model(model, given, patched=patched, check=holds)
     if plan and check:
         check_base(plan, loaded)
     return loaded, RegisterPlan.load(plans, model=loaded) if plans else plan
 
 
 def text_alone(images: Any, text: Path | None) -> bool:
-    """Whether text is given, and not images; one of the two has to be."""
+    """Whether text is given, and not images; one of the two has to be, and no option of the other."""
     if (images is None) == (text is None):
-        raise click.UsageError("give either --images, for a vision tower, or --text, for a language model.")
+        more = ", beside --plan too: the patched model is looked at on it" if named(("plan_file", "plans")) else ""
+        raise click.UsageError(f"give either --images, for a vision tower, or --text, for a language model{more}.")
+    foreign = ("tokenizer",) if text is None else OF_IMAGES
+    if given := named(foreign):
+        mine, other = ("--images", "--text") if text is None else ("--text", "--images")
+        raise click.UsageError(f"{given} {'go' if ' and ' in given else 'goes'} with {other}, not with {mine}.")
     return text is not None
+
+
+def named(options: Collection[str]) -> str:
+    """Which of some options the command line has, as it has them."""
+    context = click.get_current_context()
+    asked = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in options and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    return " and ".join([*filter(None, [", ".join(asked[:-1])]), *asked[-1:]])
 
 
 def running_with(given: Mapping[str, Any]) -> dict[str, Any]:

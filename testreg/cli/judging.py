@@ -14,18 +14,20 @@ from ..runtime.errors import BadImages
 from . import words
 from .console import wrapped, writable, writing
 from .group import (
-    TEXT,
     Place,
     as_json,
     load_both,
     load_model,
     loading,
     main,
+    named,
     preparing,
     print_json,
     say,
     span,
     text_alone,
+    text_of,
+    tokenizing,
     with_plan,
 )
 
@@ -62,6 +64,7 @@ TASKS = (
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first photos; or sequences, or tokens.")
 @click.option("--window", type=click.IntRange(min=2), help="With perplexity: each token sees so many before it.")
 @click.option("--skip", type=click.IntRange(min=1), help="With perplexity: leave out so many tokens first.")
+@tokenizing
 @click.option("--side", type=click.IntRange(min=16), help="Shorter side of photos in pixels. Default: the task's own.")
 @click.option("--foreground", help="Mask values that are foreground: FIRST-LAST. Default: all but 0 and 255.")
 @click.option(
@@ -122,10 +125,12 @@ def evaluate(
     if task == PERPLEXITY:
         if calibrate:
             raise click.UsageError("the task perplexity does not take --calibrate: ranges come from text behind.")
+        if foreign := named(("against", "side", "foreground", "attention", "template", "sweep", "processor")):
+            raise click.UsageError(f"the task perplexity does not take {foreign}.")
         textual |= {"quantise": quantise and Scheme.parse(quantise, **{"per_channel": True, **finer})}
         return _judge_text(model, data, plan_file, baselines, limit, out, as_json, textual, given)
-    if textual:
-        raise click.UsageError(f"the task {task} does not take {' and '.join(f'--{key}' for key in textual)}.")
+    if foreign := named(("window", "skip", "tokenizer")):
+        raise click.UsageError(f"the task {task} does not take {foreign}.")
     settings = {name: given[name] for name in ("side", "sweep", "attention", "template") if given[name]}
     if given["foreground"]:
         first, last = span(given["foreground"], "--foreground", "1-90")
@@ -158,7 +163,7 @@ def evaluate(
 @main.command(short_help="One HTML page: before and after.")
 @click.argument("model")
 @click.option("--images", type=Place(), help="A folder of photos.")
-@click.option("--text", **TEXT)
+@text_of
 @with_plan
 @click.option("--out", type=Place(path_type=Path), default="report.html", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Use only the first photos.")

@@ -45,12 +45,13 @@ def plan(values: Mapping[str, Any]) -> str:
 def stock(told: Mapping[str, Any]) -> str:
     """What `export --format stock` wrote of a language model."""
     out = told["out"]
+    exact = f"to {told['difference']:.0e} of the largest" if told["difference"] else "exactly"
     return (
         f"Saved to {out}: weights in which the neurons rest, and the register as a prefix for PEFT. Use both:\n\n"
         f"    from peft import PeftModel\n    from transformers import AutoModelForCausalLM\n\n"
         f'    model = AutoModelForCausalLM.from_pretrained("{out}")\n'
         f'    model = PeftModel.from_pretrained(model, "{out}/prefix")\n\n'
-        f"Logits as of the patched model, to {told['difference']:.0e} of the largest."
+        f"Logits as of the patched model, {exact}."
     )
 
 
@@ -79,13 +80,17 @@ def explanation(told: Mapping[str, Any]) -> str:
     """The candidates and the plans tried."""
     lines = ["Candidates: neurons that fire at massive tokens and not elsewhere, by how far they move them away"]
     lines += words.candidates(told["candidates"], "at massive")
-    lines += ["", "Plans tried; drift in nats a token"]
-    lines.append("  neurons  registers  rows            entry  position  massive left  perplexity     drift  tried for")
+    lines += ["", "Plans tried; drift in nats a token, of the two beginnings the larger"]
+    lines.append(
+        "  neurons  registers  rows            entry  position  massive left  perplexity  begun otherwise     drift  "
+        "tried for"
+    )
     for row in told["trials"]:
+        other = f"{row['begun_otherwise']['perplexity']:.2f}" if "begun_otherwise" in row else "-"
         lines.append(
             f"{'*' if row['chosen'] else ' '} {row['neurons']:>7}  {row['registers']:>9}  {row['rows']:<14}  "
-            f"{row['entry']:>5}  {row['positions']:<8}  {row['left']:>12.2%}  {row['perplexity']:>10.2f}  "
-            f"{row['drift']:>8.5f}  {row['why']}"
+            f"{row['entry']:>5}  {row['positions']:<8}  {row['left']:>12.2%}  "
+            f"{row['as_given']['perplexity']:>10.2f}  {other:>15}  {row['drift']:>8.5f}  {row['why']}"
         )
     return "\n".join([*lines, "* chosen: of those that leave no massive token, the least drift, and the smallest"])
 

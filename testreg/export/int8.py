@@ -139,12 +139,13 @@ def _both(model: nn.Module, folder: Path, name: str, seen: Photos, how: Int8) ->
 def _too_far(found: Check, files: dict[str, Path], seen: Photos) -> str:
     best, real = found.sides[-1], found.sides[-2]
     layers = guilty(files[real.name], files[best.name], next(seen.held_out()))
+    worst = layers[0][0]
     named = ", ".join(f"{name} ({share:.0%})" for name, share in layers)
     return (
         f"int8 changes the model too much: its output has a cosine of {best.kept:.3f} with that in float, and "
         f"{LEAST} is needed; {best.same:.1%} of the largest entries stay. Of a typical token most is lost in front of "
-        f"{named}. Keep layers in float, keep=({layers[0][0]!r},) (--keep), or calibrate on more photos; force=True "
-        f"(--force) writes it as it is. Nothing was written. {found.about}"
+        f"{named}. Keep layers in float, keep=({worst!r},) (--keep {worst}), or calibrate on more photos; "
+        f"force=True (--force) writes it as it is. Nothing was written. {found.about}"
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checkpoints.atomic import replacing
 from ..checkpoints.card import metadata
 from ..checkpoints.saving import PROCESSOR, free, source_files
-from ..runtime.decoders import is_linear, matrix
+from ..runtime.decoders import LANGUAGE, is_linear, matrix, towers_of
 from ..runtime.errors import Harmful, TestregError, UnsupportedModel
 from ..runtime.fingerprint import name
 from ..runtime.guard import acting_in
@@ -65,7 +65,7 @@ def export_language(
     """
     acting: Patch | None = acting_in(tower)
     if acting is None:
-        raise TestregError(f"{type(model).__name__} is not patched: testreg.patch(model, plan) first.")
+        raise TestregError(f"{type(model).__name__} is not patched: give its plan, plan=FILE (--plan FILE).")
     try:
         import peft
     except ImportError as error:
@@ -112,6 +112,16 @@ def export_language(
                     copyfile(path, build / file)
             (build / "README.md").write_text(_card(model, plan, source.get("README.md")), encoding="utf-8")
     return Stock(target, difference)
+
+
+def speaking(model: nn.Module) -> Tower | None:
+    """The language model that is to be exported: one with registers, or all that `model` is; else None.
+
+    Raises:
+        UnsupportedModel: it is neither a Vision Transformer nor a causal language model, nor holds one.
+    """
+    towers = towers_of(model)
+    return next((one for one in towers if one.family == LANGUAGE and (acting_in(one) or len(towers) == 1)), None)
 
 
 def _check(model: Any, tower: Tower, plan: RegisterPlan) -> None:

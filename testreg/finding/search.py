@@ -73,7 +73,8 @@ def find(
             of text (a `Path`), several of them, rows with a column "text", or token ids `(tokens,)` or `(sequences,
             tokens)`. 40,960 tokens are looked at, 1,536 are the fewest. Nothing else but `tokenizer`, `batch_size`,
             `force` and `progress` goes with it (see `testreg.finding.text_search.find_text`).
-        tokenizer: by default the one that lies with the checkpoint that the model was loaded from.
+        tokenizer: by default the one that lies with the checkpoint that the model was loaded from; or the name of
+            another one.
         processor: by default the one that lies with the checkpoint that the model was loaded from; another one, or
             its name, or the numbers of one, as in "224:0.5:0.5" (see `testreg.images.processors.named`).
         batch_size: images per forward pass.

@@ -18,7 +18,7 @@ from .detect import Artefact, Candidate, rank
 from .language import inspect
 from .massive import rows_at, token_norms
 from .scan import Kept, stack, together
-from .text_trial import TextBench, TextScore
+from .text_trial import GIVEN, TextBench, TextScore
 
 SAME = 1.1  # times the least drift is as good: then the smaller plan is better
 CLOSE = 5e-4  # nats a token that are as good too
@@ -28,20 +28,32 @@ ROUNDS = 3  # rankings, where one set leaves massive tokens
 
 @dataclass(frozen=True)
 class TextTrial:
-    """A plan that was tried, why, from which tokens its rows are, and what came of it."""
+    """A plan that was tried, why, from which tokens its rows are, and what came of it, by how texts begin."""
 
     why: str
     rows: str
     plan: RegisterPlan
-    score: TextScore
+    scores: dict[str, TextScore]
+
+    @property
+    def left(self) -> float:
+        """Share of massive tokens, however texts begin."""
+        return max(score.left for score in self.scores.values())
+
+    @property
+    def drift(self) -> float:
+        """How far from the unpatched model, in nats a token, however texts begin."""
+        return max(score.drift for score in self.scores.values())
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
         plan = self.plan
         about = {"why": self.why, "rows": self.rows, "neurons": len(plan.pairs), "registers": plan.registers}
         about |= {"entry": plan.entry, "positions": plan.positions}
-        scores = {**asdict(self.score), "drift": self.score.drift}
-        return {**about, **{name: round(number, 6) for name, number in scores.items()}}
+        about |= {"left": round(self.left, 6), "drift": round(self.drift, 6)}
+        for how, score in self.scores.items():
+            about[how.replace(" ", "_")] = {name: round(number, 6) for name, number in asdict(score).items()}
+        return about
 
 
 class TextSearch:
@@ -68,7 +80,7 @@ class TextSearch:
     ):
         self.model, self.tower, self.found, self.ranked, self.batch_size = model, tower, found, ranked, batch_size
         self.step: Callable[[], Any] = lambda: None
-        self.bench = TextBench(model, tower, tried, found, batch_size)
+        self.bench = TextBench(model, tower, tried, found, batch_size, start)
         self.rows = self._rows(start)
         self.candidates = self._rank(ranked)
         self.trials: list[TextTrial] = []
@@ -100,10 +112,10 @@ class TextSearch:
         best = self._winner()
         self._try("where they stand", best.rows, replace(best.plan, positions=ON))
         best = self._winner()
-        least = best.score.drift
+        least = best.drift
         for count in range(2, MOST_ROWS + 1):
             plan = self.plan(neurons, best.rows, count, positions=str(best.plan.positions))
-            drift = self._try("how many", best.rows, plan).score.drift
+            drift = self._try("how many", best.rows, plan).drift
             if drift * SAME >= least:
                 break
             least = drift
@@ -115,7 +127,7 @@ class TextSearch:
 
     def received(self, plan: RegisterPlan, bench: TextBench) -> dict[str, float]:
         """Attention that the first token gets from the mean query, over heads and blocks, without and with `plan`."""
-        ids = bench.batches[0][:1]
+        ids = bench.begun[GIVEN][0][:1]
         before = inspect(self.model, ids)
         with patch(self.model, plan):
             return {"unpatched": before.first, "patched": inspect(self.model, ids).first}
@@ -169,7 +181,7 @@ class TextSearch:
         done = 0
         for _ in range(ROUNDS):
             for count in sizes_up_to(len(self.candidates)):
-                if count > done and self._clean(self._try("how many neurons", "", self.plan(count)).score):
+                if count > done and self._clean(self._try("how many neurons", "", self.plan(count))):
                     return count
             done = len(self.candidates)
             if not self._look_again(self.plan(done)):
@@ -180,19 +192,19 @@ class TextSearch:
         for trial in self.trials:
             if trial.plan == plan:
                 return trial
-        self.trials.append(TextTrial(why, rows, plan, self.bench.score(plan)))
+        self.trials.append(TextTrial(why, rows, plan, self.bench.scores(plan)))
         self.step()
         return self.trials[-1]
 
-    def _clean(self, score: TextScore) -> bool:
-        return score.left <= GONE * self.bench.before
+    def _clean(self, trial: TextTrial) -> bool:
+        return trial.left <= GONE * self.bench.before
 
     def _winner(self) -> TextTrial:
         """Of the plans that leave no massive token, the one of least drift; of those as good, the smallest."""
         trials = [trial for trial in self.trials if trial.plan.registers]
-        clean = [trial for trial in trials if self._clean(trial.score)]
+        clean = [trial for trial in trials if self._clean(trial)]
         if not clean:
-            return min(trials, key=lambda trial: (trial.score.left, trial.score.drift))
-        least = min(trial.score.drift for trial in clean)
-        good = [trial for trial in clean if trial.score.drift <= max(SAME * least, least + CLOSE)]
-        return min(good, key=lambda trial: (len(trial.plan.pairs), trial.plan.registers, trial.score.drift))
+            return min(trials, key=lambda trial: (trial.left, trial.drift))
+        least = min(trial.drift for trial in clean)
+        good = [trial for trial in clean if trial.drift <= max(SAME * least, least + CLOSE)]
+        return min(good, key=lambda trial: (len(trial.plan.pairs), trial.plan.registers, trial.drift))

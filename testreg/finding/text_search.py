@@ -30,7 +30,7 @@ from .scan import Norms, Sample
 from .still import quiet
 from .text_choose import TextSearch
 from .text_inspection import TextInspection
-from .text_trial import TextBench, TextScore
+from .text_trial import GIVEN, TextBench, TextScore
 
 LENGTH = 256  # tokens of a sequence
 TOKENS = 40_960  # that are looked at, at most
@@ -86,7 +86,7 @@ def find_text(
         read = reduce(add, parts)
         if len(read.sample) < FEWEST:
             if not read.norms.images:
-                raise BadText(texts.nothing())
+                raise BadText(texts.nothing(FEWEST))
             raise BadText(
                 f"{len(read.sample)} different sequences of {LENGTH} tokens are too few: {FEWEST} are needed at "
                 f"least, 100 best."
@@ -101,10 +101,8 @@ def find_text(
             search = TextSearch(model, tower, found, ranked=ranked, tried=tried, start=start, batch_size=few)
             search.step = bar.update
             plan = search.best()
-        guard = TextBench(model, tower, held, found, few)
-        scores = {"as given": guard.score(plan)}
-        if start is not None:
-            scores["begun otherwise"] = guard.begun_otherwise(plan, start)
+        guard = TextBench(model, tower, held, found, few, start)
+        scores = guard.scores(plan)
         if not force:
             for how, score in scores.items():
                 _refuse_harm(plan, score, guard, how)
@@ -189,7 +187,7 @@ def _told(
     scores: dict[str, TextScore],
 ) -> dict[str, Any]:
     """A plan's provenance."""
-    share_of, score = places(search.ranked, found), scores["as given"]
+    share_of, score = places(search.ranked, found), scores[GIVEN]
     return {
         "base": describe(model, plan.neurons, search.tower),
         "text": {

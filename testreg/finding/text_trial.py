@@ -18,6 +18,7 @@ from .massive import peak
 from .scan import Kept, outputs, stack, together
 
 NOISE = 1e-4  # drift that rounding can make up
+GIVEN, OTHERWISE = "as given", "begun otherwise"
 
 
 @dataclass(frozen=True)
@@ -43,34 +44,39 @@ class TextScore:
 
 
 class TextBench:
-    """Tries plans on the same sequences.
+    """Tries plans on the same sequences, begun as given and, where a model has a start token, begun otherwise too.
+
+    Otherwise = with the start token in front, or without it where all begin with it. Who uses the model may do either.
+
+    Args:
+        start: the start token, if any.
 
     Attributes:
-        before: share of massive tokens at the worst block of the unpatched model.
-        unpatched: perplexity of it.
+        before, largest: share of massive tokens at the worst block of the unpatched model, and their largest norm over
+            the median, as given.
+        unpatched: perplexity of it, as given.
     """
 
-    def __init__(self, model: nn.Module, tower: Tower, kept: list[Kept], found: Artefact, batch_size: int):
+    def __init__(
+        self, model: nn.Module, tower: Tower, kept: list[Kept], found: Artefact, batch_size: int, start: int | None
+    ):
         self.model, self.tower, self.found = model, tower, found
-        self.batches = [stack(batch)["input_ids"] for batch in together(kept, batch_size)]
         self.sequences = len(kept)
-        self.unpatched, norms = self._run(self.batches)
+        self.begun = {GIVEN: [stack(batch)["input_ids"] for batch in together(kept, batch_size)]}
+        if start is not None:
+            self.begun[OTHERWISE] = [_otherwise(ids, start) for ids in self.begun[GIVEN]]
+        alone = {how: self._run(batches) for how, batches in self.begun.items()}
+        self._unpatched = {how: perplexity for how, (perplexity, _) in alone.items()}
+        self.unpatched, norms = alone[GIVEN]
         self.before, self.largest = self._left(norms), peak(norms, found.block)
 
-    def score(self, plan: RegisterPlan) -> TextScore:
-        """What `plan` does."""
-        perplexity, norms = self._run(self.batches, plan)
-        return TextScore(perplexity, self.unpatched, self._left(norms), peak(norms, self.found.block))
-
-    def begun_otherwise(self, plan: RegisterPlan, start: int) -> TextScore:
-        """What `plan` does where the same text begins with the token `start`, or without it where it does as it is."""
-        batches = [
-            ids[:, 1:] if bool((ids[:, 0] == start).all()) else torch.cat([torch.full_like(ids[:, :1], start), ids], 1)
-            for ids in self.batches
-        ]
-        unpatched, _ = self._run(batches)
-        perplexity, norms = self._run(batches, plan)
-        return TextScore(perplexity, unpatched, self._left(norms), peak(norms, self.found.block))
+    def scores(self, plan: RegisterPlan) -> dict[str, TextScore]:
+        """What `plan` does, by how the sequences begin."""
+        found = {}
+        for how, batches in self.begun.items():
+            perplexity, norms = self._run(batches, plan)
+            found[how] = TextScore(perplexity, self._unpatched[how], self._left(norms), peak(norms, self.found.block))
+        return found
 
     def _left(self, norms: Tensor) -> float:
         outliers = self.found.threshold.outliers(norms[:, self.found.block :])  # (sequences, blocks, tokens)
@@ -91,6 +97,12 @@ class TextBench:
                 losses, tokens = losses + float(found.double().sum()), tokens + found.numel()
                 norms.append(torch.stack(rows, dim=1))
         return perplexity_of(losses, tokens), torch.cat(norms)
+
+
+def _otherwise(ids: Tensor, start: int) -> Tensor:
+    if bool((ids[:, 0] == start).all()):
+        return ids[:, 1:]
+    return torch.cat([torch.full_like(ids[:, :1], start), ids], dim=1)
 
 
 def losses_of(model: Any, ids: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def perplexity(
     if window is not None and scheme is not None:
         raise TestregError("a window and quantisation are judged apart: give one of them.")
     if window is not None:
-        ids = _tokens(model, text, tokenizer, skip, limit or 16 * LENGTH, window + 1)
+        ids = _tokens(model, text, tokenizer, skip, limit or 16 * LENGTH, window + 1, whole=True)
         arms = _windows(plan)
         look: Callable[[Arm], np.ndarray] = lambda arm: _streamed(model, arm, ids, window, progress)  # noqa: E731
     else:
@@ -154,17 +154,27 @@ def _perplexity(values: np.ndarray) -> Any:
     return np.exp(np.minimum(sums[..., 0] / sums[..., 1], 700.0))
 
 
-def _tokens(model: Any, text: Any, tokenizer: Any, skip: int, wanted: int, least: int) -> Tensor:
-    """Token ids `(tokens,)` of the text as one, at most `wanted` behind `skip`."""
+def _tokens(
+    model: Any, text: Any, tokenizer: Any, skip: int, wanted: int, least: int, *, whole: bool = False
+) -> Tensor:
+    """Token ids `(tokens,)` of the text as one, at most `wanted` behind `skip`.
+
+    Every `LENGTH` of them begins as the tokenizer begins a text; with `whole`, the first alone does.
+    """
     if isinstance(text, Tensor):
         ids = text.flatten()[skip : skip + wanted]
     else:
-        texts = Texts(model, text, tokenizer, length=LENGTH, limit=skip + wanted)
-        begun = [*texts, texts.rest]
-        ids = torch.cat(begun)[skip : skip + wanted]
+        texts = Texts(model, text, tokenizer, length=skip + wanted + 1)
+        sequence = next(iter(texts), None)
+        ids = texts.rest if sequence is None else sequence
+        begin = ids.new_tensor(texts.begin if len(ids) else [])
+        body = ids[len(begin) + skip :]
+        step = wanted if whole else LENGTH - len(begin)
+        ids = torch.cat([torch.cat([begin, piece]) for piece in body.split(step)])[:wanted]
     known = model.get_input_embeddings().num_embeddings
     if len(ids) < least:
-        raise BadText(f"{len(ids)} tokens are too few: {least} are needed at least, and {wanted} wanted.")
+        behind = f" behind the first {skip}" if skip else ""
+        raise BadText(f"{len(ids)} tokens{behind} are too few: {least} are needed at least, and {wanted} wanted.")
     if not 0 <= int(ids.min()) <= int(ids.max()) < known:
         raise BadText(f"the text has ids from {ids.min()} to {ids.max()}; the model knows 0 to {known - 1}.")
     return ids

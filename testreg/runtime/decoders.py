@@ -94,7 +94,7 @@ def towers_of(model: Any) -> list[Tower]:
         except UnsupportedModel as error:
             failed.append(error)
     if not found:
-        raise failed[0]
+        raise failed[getattr(model, "main_input_name", "") == "input_ids"]
     return found
 
 
@@ -118,7 +118,10 @@ def find_blocks(model: Any) -> list[nn.Module]:
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(model, "main_input_name", None) != "input_ids" or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is no causal language model: text is for those; pass images to a ViT.")
+        raise UnsupportedModel(
+            f"{name} is no causal language model, and text is for those. A Vision Transformer is looked at with "
+            f"images: testreg.find(model, images) (--images FOLDER instead of --text)."
+        )
     lists = [module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)]
     found = [list(blocks) for blocks in lists if any(attentions_of(block) for block in blocks)]
     if not found:

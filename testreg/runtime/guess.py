@@ -35,8 +35,8 @@ def unknown(model: nn.Module, known: str, resolve: Callable[[nn.Module, Family],
     name = type(model).__name__
     if getattr(model, "main_input_name", "") == "input_ids" and "image" not in getattr(model, "input_modalities", ()):
         return (
-            f"{name} is a text model; testreg patches Vision Transformers ({known}) by images, and causal language "
-            f"models by text: testreg.find(model, text=...), or --text FILE instead of --images."
+            f"{name} is a text model, and images are for Vision Transformers. A causal language model is looked at "
+            f"with text: testreg.find(model, text=...) (--text FILE instead of --images)."
         )
     told = f"{name} is of no known family ({known})."
     found = guess(model)

@@ -34,9 +34,9 @@ class StreamingCache(Cache):
     Args:
         model: a causal language model with rotary positions; its patch, if any, has to be on now.
         window: tokens, at most half of what the model was trained on.
-        keep: tokens from the beginning of each text that stay too, right before the window, as in StreamingLLM, which
-            has 4. By default none where the model has registers; a model without them needs a number: 0 = a window
-            alone.
+        keep: tokens from the beginning of each text, padding apart, that stay too, right before the window, as in
+            StreamingLLM, which has 4. By default none where the model has registers; a model without them needs a
+            number: 0 = a window alone.
 
     Raises:
         TestregError: the model has no registers and `keep` is not given, or the window is out of range.
@@ -76,9 +76,11 @@ class StreamingCache(Cache):
         self.seen = self.at = 0  # tokens so far; the next position, where nothing is padding
         self.next = torch.zeros(0, dtype=torch.long)  # (batch,) each text's next position
         self.real = torch.zeros(0, 0, dtype=torch.bool)  # (batch, held tokens)
-        self.settled = False  # whether the tokens that stay are parted from the others
+        self.had = self.next  # (batch,) how many of those that stay each text has had
+        self.settled = not self.keep  # whether each has had all
         self.onward = self.next  # (batch,) how much further on these stand than where they were written
-        self.start, self.first = 0, torch.empty(0)  # how layers cut what they hold after this call
+        self.start = 0  # from which token on layers hold what they have, after this call
+        self.places: tuple[Tensor, Tensor] | None = None  # (batch, keep) which new tokens stay, and whether one does
 
     def enter(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Make room for tokens `(batch, tokens, ...)`.
@@ -91,7 +93,7 @@ class StreamingCache(Cache):
         """
         batch, count = tokens.shape[:2]
         if not self.seen:
-            self.next = torch.zeros(batch, dtype=torch.long, device=tokens.device)
+            self.next = self.had = torch.zeros(batch, dtype=torch.long, device=tokens.device)
             self.real = torch.zeros(batch, 0, dtype=torch.bool, device=tokens.device)
         if batch != len(self.next):
             raise TestregError(f"the cache holds {len(self.next)} texts, but {batch} were given: begin with a new one.")
@@ -106,42 +108,35 @@ class StreamingCache(Cache):
         query = held + torch.arange(count, device=tokens.device)[:, None]
         key = torch.arange(held + count, device=tokens.device)[None]
         visible = ((key <= query) & (query - key < self.window))[None] & real[:, None]  # (batch, tokens, keys)
-        if self.keep and not self.settled:
-            visible = visible | ((key <= query)[None] & self._first(real)[:, None])
+        first = self._first(new)
+        new_first = nn.functional.pad(first, (held, 0))  # (batch, held + tokens)
+        visible = visible | ((key <= query)[None] & new_first[:, None])
         visible = visible | (key == query)  # padding sees itself, since a softmax over nothing is no number
-        if self.settled:
-            visible = nn.functional.pad(visible, (self.keep, 0), value=True)
-            self.onward = self.next - self.real.sum(1) - self.keep
+        stay = torch.arange(self.keep, device=tokens.device) < self.had[:, None]  # (batch, keep)
+        visible = torch.cat([stay[:, None].expand(-1, count, -1), visible], dim=-1)
+        self.onward = self.next - self.real.sum(1) - self.had
         self.next = self.next + new.sum(1)
+        self.had = (self.had + new.sum(1)).clamp(max=self.keep)
         self.at += count
-        self._cut(real)
+        self.start = max(0, held + count - (self.window - 1))
+        self.real = (real & ~new_first)[:, self.start :]
         return positions, visible[:, None]
 
-    def _first(self, real: Tensor) -> Tensor:
-        """Which tokens stay `(batch, tokens)`."""
-        return real & (real.cumsum(1) <= self.keep)
-
-    def _cut(self, real: Tensor) -> None:
-        """What layers hold after this call: the last tokens, and those that stay."""
-        total, self.first = real.shape[1], torch.empty(0)
-        self.start = max(0, total - (self.window - 1))
-        if self.keep and not self.settled:
-            if total <= self.keep + self.window - 1 or int(real.sum(1).min()) < self.keep:
-                self.start = 0
-                if total > self.limit:
-                    raise TestregError(
-                        f"a text of the batch has not had its first {self.keep} tokens, which stay, where another has "
-                        f"{total}: it is shorter, or padded further, than can be waited for. Read them apart."
-                    )
-            else:
-                first = self._first(real)
-                self.first = first.nonzero()[:, 1].view(-1, self.keep)  # (batch, tokens that stay)
-                real, self.settled = real & ~first, True
-        self.real = real[:, self.start :]
+    def _first(self, new: Tensor) -> Tensor:
+        """Which of the new tokens `(batch, tokens)` are among the first of their texts, and stay."""
+        self.places = None
+        if self.settled:
+            return torch.zeros_like(new)
+        count = self.had[:, None] + new.cumsum(1)
+        first = new & (count <= self.keep)
+        here = first[..., None] & (count[..., None] - 1 == torch.arange(self.keep, device=new.device))
+        self.places = here.int().argmax(1), here.any(1)  # here is (batch, tokens, keep)
+        self.settled = bool((count[:, -1] >= self.keep).all())
+        return first
 
     def _turn(self) -> None:
         """Turn all held keys back, so that each text's oldest follows those that stay."""
-        back = (self.next - self.real.sum(1) - self.keep).clamp(min=0)  # (batch,)
+        back = self.next - self.real.sum(1) - self.had  # (batch,)
         layers: Any = self.layers
         for layer in layers:
             layer.keys = layer.turning.turn(layer.keys, -back)
@@ -174,7 +169,7 @@ class StreamingCache(Cache):
         raise TestregError("a StreamingCache cannot take tokens back: assisted generation needs another cache.")
 
     def _pick(self, pick: Any) -> None:
-        self.next, self.real = pick(self.next), pick(self.real)
+        self.next, self.real, self.had = pick(self.next), pick(self.real), pick(self.had)
         for layer in self.layers:
             for name in ("keys", "values", "first_keys", "first_values"):
                 held = getattr(layer, name)
@@ -197,6 +192,10 @@ class StreamingLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        if keep := self.cache.keep:
+            self.first_keys, self.first_values = (
+                states.new_zeros(*states.shape[:2], keep, states.shape[-1]) for states in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -206,13 +205,14 @@ class StreamingLayer(CacheLayerMixin):
         keys, values = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
         # Clones, or a view of the window would hold the whole prompt.
         self.keys, self.values = (held[..., self.cache.start :, :].clone() for held in (keys, values))
-        if self.cache.first.numel():
-            self.first_keys, self.first_values = _at(keys, self.cache.first), _at(values, self.cache.first)
+        first_keys, first_values = self.first_keys, self.first_values
+        if first_keys is None or first_values is None:
             return keys, values
-        if self.first_keys is None or self.first_values is None:
-            return keys, values
-        first = self.turning.turn(self.first_keys, self.cache.onward)
-        return torch.cat([first, keys], -2), torch.cat([self.first_values, values], -2)
+        if self.cache.places:
+            self.first_keys = _put(key_states, first_keys, *self.cache.places)
+            self.first_values = _put(value_states, first_values, *self.cache.places)
+        first_keys = self.turning.turn(first_keys, self.cache.onward)
+        return torch.cat([first_keys, keys], -2), torch.cat([first_values, values], -2)
 
     def reset(self) -> None:
         self.keys = self.values = self.first_keys = self.first_values = None
@@ -228,7 +228,11 @@ class StreamingLayer(CacheLayerMixin):
         return -1
 
 
-def _at(held: Tensor, where: Tensor) -> Tensor:
-    """Of `(batch, heads, tokens, channels)` the tokens at `where` `(batch, some)`."""
-    index = where[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[-1])
-    return held.gather(-2, index)
+def _put(new: Tensor, first: Tensor, where: Tensor, there: Tensor) -> Tensor:
+    """`first` `(batch, heads, some, channels)` with the tokens of `new` at `where` put in, which are `there`.
+
+    Args:
+        where, there: `(batch, some)`.
+    """
+    index = where[:, None, :, None].expand(-1, *first.shape[1:])
+    return torch.where(there[:, None, :, None], new.gather(-2, index), first)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runtime.errors import BadText
 
 PIECE = 2**16  # characters that are made to tokens at once
+MOST_UNKNOWN = 0.5  # of a sequence's tokens: of no text in any language that a tokenizer is for
 ENDINGS = (".txt", ".md", ".rst", ".text")  # of files in a folder that are text
 
 
@@ -23,7 +24,8 @@ class Texts:
     Args:
         text: a text; a file, or a folder of files (a `Path` each); a dataset whose rows have a column "text"; token ids
             `(tokens,)`, cut here, or `(sequences, length)`, taken as they are; or several of the first three.
-        tokenizer: by default the one that lies with the model's checkpoint.
+        tokenizer: by default the model's own `tokenizer`, or the one that lies with its checkpoint; another one, or the
+            name of a checkpoint that has it.
         length: tokens of a sequence, its start token among them.
         limit: the most tokens that are given.
         joined: texts follow one another, since most data sets have many short ones; else each begins a sequence.
@@ -57,6 +59,13 @@ class Texts:
         """What makes tokens of text; looked for where none was given."""
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(self.model)
+        elif isinstance(self._tokenizer, (str, Path)):
+            self._tokenizer = tokenizer_named(self._tokenizer)
+        if not callable(self._tokenizer) or not hasattr(self._tokenizer, "bos_token_id"):
+            raise BadText(
+                f"tokenizer must be one of transformers, or the name of a checkpoint that has it, not a "
+                f"{type(self._tokenizer).__name__}."
+            )
         return self._tokenizer
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -67,23 +76,33 @@ class Texts:
             self.tokens += len(sequence)
             yield sequence
 
-    def nothing(self) -> str:
-        """What to say where there is no sequence."""
+    def nothing(self, sequences: int = 1) -> str:
+        """What to say where there is no sequence.
+
+        Args:
+            sequences: that are needed at least.
+        """
         if self.text is None or not self.texts:
             return f"there is no text: give a text, a file or a folder of files ({', '.join(ENDINGS)}), or token ids."
-        if isinstance(self.text, str) and len(self.text) < 4096 and Path(self.text).exists():
+        several = self.text if isinstance(self.text, (list, tuple)) else [self.text]
+        names = [one for one in several if isinstance(one, str) and len(one) < 4096 and Path(one).exists()]
+        if names:
             return (
-                f"the text is too short, and it is the name of a file: give pathlib.Path({self.text!r}) to read that."
+                f"the text is too short, and {names[0]!r} is the name of a file or folder: give "
+                f"pathlib.Path({names[0]!r}) to read that."
             )
         return (
-            f"the text is too short: a text of {self.length} tokens at least is needed, 100 times that best, and "
-            f"{len(self.rest)} were given."
+            f"the text is too short: {self.length * sequences:,} tokens at least are needed, {self.length * 100:,} are "
+            f"best, and {len(self.rest)} were given."
         )
 
     def _given(self, ids: Tensor) -> Iterator[Tensor]:
         self.texts, self.rest = int(ids.numel() > 0), ids.flatten()[:0]
         if ids.is_floating_point() or ids.ndim not in (1, 2):
-            raise BadText(f"token ids must be whole numbers (tokens,) or (sequences, tokens), not {ids.dtype}.")
+            raise BadText(
+                f"token ids must be whole numbers (tokens,) or (sequences, tokens), not {ids.dtype} of shape "
+                f"{tuple(ids.shape)}."
+            )
         if ids.ndim == 2:
             yield from ids
             return
@@ -100,9 +119,25 @@ class Texts:
                 step = self.length - len(self.begin)
                 held += _body(self.tokenizer, piece, self.begin)
                 while len(held) >= step:
-                    yield torch.tensor(self.begin + held[:step])
+                    yield self._known(torch.tensor(self.begin + held[:step]))
                     held = held[step:]
         self.rest = torch.tensor(self.begin + held if held else [], dtype=torch.long)
+
+    def _known(self, sequence: Tensor) -> Tensor:
+        """The sequence.
+
+        Raises:
+            BadText: the tokenizer does not know most of it.
+        """
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        share = 0.0 if unknown is None else float((sequence == unknown).float().mean())
+        if share > MOST_UNKNOWN:
+            raise BadText(
+                f"the tokenizer does not know {share:.0%} of the text (its token {self.tokenizer.unk_token!r}): it is "
+                f"another model's, or the text is none. Pass tokenizer=NAME (--tokenizer NAME), a checkpoint that has "
+                f"the model's."
+            )
+        return sequence
 
     @cached_property
     def begin(self) -> list[int]:
@@ -127,21 +162,42 @@ def digest(sequence: Tensor) -> str:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer that lies with a model's checkpoint.
+    """The tokenizer that a model was given as its `tokenizer`, or that lies with its checkpoint.
+
+    Raises:
+        BadText: there is none.
+    """
+    own = getattr(model, "tokenizer", None)
+    return own if callable(own) else tokenizer_named(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def tokenizer_named(name: str | Path) -> Any:
+    """The tokenizer that lies with a checkpoint.
 
     Raises:
         BadText: there is none.
     """
     from transformers import AutoTokenizer
 
-    name = getattr(model, "name_or_path", "")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().exists() else name)
     except Exception as error:  # whatever a damaged file or an unreachable hub raises
         raise BadText(
-            f"there is no usable tokenizer with {name or type(model).__name__!r} ({type(error).__name__}): pass "
-            f"tokenizer=transformers.AutoTokenizer.from_pretrained(NAME), or text as token ids (sequences, tokens)."
+            f"there is no usable tokenizer with {str(name)!r} ({type(error).__name__}): pass tokenizer=NAME "
+            f"(--tokenizer NAME), a checkpoint that has the model's."
         ) from error
+
+
+def existing(path: Path) -> Path:
+    """The path of a file or folder that exists, `~` expanded.
+
+    Raises:
+        BadText: there is none.
+    """
+    full = path.expanduser()
+    if not full.exists():
+        raise BadText(f"there is no file or folder {str(path)!r} of text.")
+    return full
 
 
 def _body(tokenizer: Any, piece: str, begin: list[int]) -> list[int]:
@@ -162,13 +218,13 @@ def _texts(text: Any) -> Iterator[Iterator[str]]:
             yield from _texts(one)
     else:
         raise BadText(
-            "text must be texts, files of text (a Path each), rows with a column 'text', or token ids (sequences, "
-            f"tokens), not a {type(text).__name__}."
+            "text must be texts, files of text (a Path each), rows with a column 'text', or a tensor of token ids "
+            f"(sequences, tokens), not a {type(text).__name__}."
         )
 
 
 def _files(path: Path) -> list[Path]:
-    path = path.expanduser()
+    path = existing(path)
     if not path.is_dir():
         return [path]
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
@@ -182,7 +238,9 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8") as file:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
-        raise BadText(f"{path} cannot be read as text in UTF-8: {error}") from error
+        raise BadText(
+            f"{path} cannot be read as text in UTF-8: {error}. Write it in UTF-8 (iconv does), or leave it out."
+        ) from error
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[str]:

@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--plan", help="a plan to judge, instead of the one that is found; where there is no file, the "
                         "found one is written there")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=FOUND, help=f"how many to find with; {FOUND} by default")
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
@@ -181,7 +182,7 @@ def main() -> None:
     if given.plan and Path(given.plan).exists():
         plan = testreg.RegisterPlan.load(given.plan)
     else:
-        plan = testreg.find(model, text=tokens()[:FOUND], tokenizer=smollm()[1])
+        plan = testreg.find(model, text=tokens()[: given.tokens], tokenizer=smollm()[1])
         if given.plan:
             plan.save(given.plan)
     print("| | |\n|---|---|")

@@ -504,6 +504,24 @@ def test_every_end_is_one_line_and_a_code(raised, code, says, model, photos, mon
     refused("inspect", model, "--images", photos, says=says, code=code)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("choose another, or pass replace=True (--replace).", "choose another, or pass --replace."),
+        ("force=True (--force on the command line) takes it", "--force takes it"),
+        ("with RegisterPlan.load(..., force=True) (--force).", "with --force."),
+        ("Keep layers, keep=('a.b',) (--keep a.b), in float", "Keep layers, --keep a.b, in float"),
+        ("pass plan=testreg.find(model, images) (--plan FILE on the command line).", "pass --plan FILE."),
+        (
+            "for torch.float32 and torch.float16 (--dtype float32).",
+            "for torch.float32 and torch.float16 (--dtype float32).",
+        ),
+    ],
+)
+def test_errors_speak_of_options_alone(said, told):
+    assert console.as_options(said) == told
+
+
 def test_warnings_of_others_are_not_shown(model, photos, monkeypatch, caplog):
     def load(*arguments, **more):
         warnings.warn("noise of a library", stacklevel=2)

@@ -51,7 +51,7 @@ def test_find(places):
     assert "Neurons    2 at rest (block, neuron): (1, 5), (1, 9)" in said
     assert "100% of them are the first token" in said
     assert "begun otherwise: perplexity" in said
-    assert "Plans tried; drift in nats a token" in said
+    assert "Plans tried; drift in nats a token, of the two beginnings the larger" in said
     assert "--text" in said.splitlines()[-1]
     assert testreg.RegisterPlan.load(out).pairs == ((1, 5), (1, 9))
     told = json.loads(run("find", places / "model", "--text", places / "text", "--json").stdout)
@@ -130,15 +130,31 @@ def test_stock_files(places, patched):
     same("export --format stock, language model", json.loads(told))
 
 
+def test_a_checkpoint_without_a_tokenizer(places):
+    planted_text().model.save_pretrained(places / "bare")
+    refused("find", places / "bare", "--text", places / "text", says=["no usable tokenizer", "pass --tokenizer NAME"])
+    run("patch", places / "bare", "--text", places / "text", "--tokenizer", places / "model", "--out", places / "told")
+    assert (places / "told" / "tokenizer.json").is_file()
+    assert testreg.load(places / "told")(text_for(1, 40)).logits.shape == (1, 40, 64)
+
+
 def test_what_does_not_go_together(places, patched):
     model, text = places / "model", places / "text"
     run("find", model, code=2)
     run("find", model, "--text", text, "--images", text, code=2)
-    refused("find", model, "--text", text, "--top-k", "3", says="text goes with tokenizer")
-    refused("find", model, "--text", places / "nowhere", says=["nowhere", "cannot be read as text"])
+    said = run("find", model, "--text", text, "--top-k", "3", "--workers", "2", code=2).stderr
+    assert "--workers and --top-k go with --images, not with --text" in said
+    assert "--tokenizer goes with --text" in run("find", model, "--images", text, "--tokenizer", model, code=2).stderr
+    assert "--limit goes with --images" in run("report", model, "--text", text, "--limit", "3", code=2).stderr
+    said = run("evaluate", model, "--data", text, "--task", "perplexity", "--side", "99", code=2).stderr
+    assert "does not take --side" in said
+    said = run("patch", model, "--plan", places / "plan.safetensors", "--out", places / "new", code=2).stderr
+    assert "beside --plan too" in said
+    refused("patch", model, "--text", text, "--out", patched[0], says="choose another, or pass --replace.")
+    refused("find", model, "--text", places / "nowhere", says="there is no file or folder")
     run("evaluate", model, "--data", text, "--task", "outliers", "--window", "8", code=2)
     run("export", patched[0], "--format", "onnx", "--out", places / "x.onnx", code=2)
-    refused("find", model, "--images", text, says="is a text model")
+    refused("find", model, "--images", text, says=["is a text model", "text: --text FILE instead of --images."])
     (places / "empty").mkdir()
     refused("find", model, "--text", places / "empty", says="holds no text")
     (places / "short.txt").write_text("w1 w2 w3")

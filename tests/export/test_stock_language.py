@@ -121,6 +121,28 @@ def test_what_would_lie_is_not_written(tmp_path, monkeypatch):
     assert exported("llama", tmp_path / "out", force=True)[2].difference > 0.01
 
 
+def test_one_way_into_every_form(tmp_path):
+    pytest.importorskip("peft")
+    model = built("llama")
+    plan = plan_for(model)
+    written = testreg.export(model, tmp_path / "out", format="stock", plan=plan)
+    assert written.directory == tmp_path / "out"
+    assert (tmp_path / "out" / "prefix" / "adapter_config.json").is_file()
+    assert testreg.active(model) is None
+    with testreg.patch(model, plan):
+        testreg.save(model, tmp_path / "saved")
+    assert testreg.export(tmp_path / "saved", tmp_path / "again", format="stock").difference < 1e-4
+    for given, says in (
+        ({"plan": plan, "format": "stock", "images": [1]}, "takes no images"),
+        ({"plan": plan, "format": "stock", "library": "timm"}, "does not take library"),
+        ({"plan": plan}, "exported as stock files"),
+        ({"format": "stock"}, "is not patched"),
+    ):
+        with pytest.raises(testreg.TestregError, match=says):
+            testreg.export(model, tmp_path / "none", **given)
+    assert not (tmp_path / "none").exists()
+
+
 def test_without_a_patch(tmp_path):
     model = built("llama")
     with pytest.raises(testreg.TestregError, match="is not patched"):

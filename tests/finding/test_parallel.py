@@ -16,13 +16,14 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import testreg
 from testreg.demo.planted import plant
+from testreg.demo.planted_text import planted_text, text_for
 from testreg.finding.count import count, total
 from testreg.finding.parallel import Lost
 from testreg.finding.still import quiet
 from testreg.images.streaming import stream
 from testreg.runtime.towers import find_tower
 
-IMAGES, BATCH = 40, 4
+IMAGES, TEXTS, BATCH = 40, 25, 4
 HISTOGRAMS = ("norms", "ratios", "peaks", "highest")
 
 
@@ -118,7 +119,7 @@ def worker(rank, folder, what, results):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     if rank == 1 and what == "gone":
         os._exit(1)
-    model = tiny(planted=what != "no artefact")
+    model = planted_text().model if what == "text" else tiny(planted=what != "no artefact")
 
     def images():
         for index, image in enumerate(tensors()):
@@ -133,7 +134,9 @@ def worker(rank, folder, what, results):
             yield image
 
     try:
-        plan = testreg.find(model, images(), batch_size=BATCH)
+        given = {"text": text_for(TEXTS, 256)} if what == "text" else {"images": images()}
+        plan = testreg.find(model, **given, batch_size=BATCH)
+        plan.save(f"{folder}/plan-{rank}")  # a queue that nobody reads yet would hold back what is long
         results.put((rank, "plan", str(plan)))
     except BaseException as error:
         results.put((rank, type(error).__name__, str(error)))
@@ -147,7 +150,7 @@ def _served(forked):
 def two(folder, what):
     """What both processes say, by their ranks, when both are done."""
     results = CONTEXT.SimpleQueue()
-    processes = [CONTEXT.Process(target=worker, args=(rank, folder, what, results)) for rank in (0, 1)]
+    processes = [CONTEXT.Process(target=worker, args=(rank, folder, what, results), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()
     if what == "interrupted":
@@ -163,6 +166,16 @@ def two(folder, what):
         rank, *words = results.get()
         said[rank] = tuple(words)
     return said
+
+
+def test_two_processes_read_text_as_one_does(tmp_path):
+    one = testreg.find(planted_text().model, text=text_for(TEXTS, 256), batch_size=BATCH)
+    assert set(two(tmp_path, "text")) == {0, 1}
+    for rank in (0, 1):
+        plan = testreg.RegisterPlan.load(tmp_path / f"plan-{rank}")
+        assert torch.allclose(plan.state, one.state, rtol=1e-6, atol=1e-6)
+        assert alike(plan.to_dict(), one.to_dict())
+    assert one.provenance["text"]["sequences"] == TEXTS
 
 
 @pytest.mark.parametrize("what", ["gone", "killed"])

@@ -1,6 +1,8 @@
 """From text to a plan: known answers on planted models, refusals, and the same plan however the text is given."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,36 @@ def test_what_the_guard_says_is_so(planted, found):
     assert told["begun_otherwise"]["unpatched"] > 5 * told["as_given"]["unpatched"]
     assert told["begun_otherwise"]["perplexity"] < 1.1 * told["as_given"]["perplexity"]
     assert told["received"]["unpatched"] > 10 * told["received"]["patched"]
+
+
+def test_plans_are_tried_as_the_guard_judges_them(found):
+    """On text begun as given and begun otherwise, by the one that changes more."""
+    trials = [trial for trial in found.provenance["trials"] if trial["registers"]]
+    assert len(trials) > 2
+    for trial in trials:
+        both = trial["as_given"], trial["begun_otherwise"]
+        assert both[1]["unpatched"] > 5 * both[0]["unpatched"]  # without its start token the planted model is lost
+        worst = max(math.log(one["perplexity"] / one["unpatched"]) for one in both)
+        assert trial["drift"] == pytest.approx(max(1e-4, worst), abs=2e-6)
+        assert trial["left"] == max(one["left"] for one in both)
+    (chosen,) = (trial for trial in trials if trial["chosen"])
+    assert chosen["drift"] <= 1.1 * min(trial["drift"] for trial in trials if not trial["left"]) + 5e-4
+
+
+def test_a_start_token_row_that_harms_where_there_is_a_start_token_already(planted, monkeypatch):
+    """A plan that is best in text as given alone is not chosen."""
+    from testreg.finding.text_trial import OTHERWISE, TextBench
+
+    scores = TextBench.scores
+
+    def harmed(self, plan):
+        seen = scores(self, plan)
+        if plan.positions == "before":
+            seen[OTHERWISE] = replace(seen[OTHERWISE], perplexity=2 * seen[OTHERWISE].unpatched)
+        return seen
+
+    monkeypatch.setattr(TextBench, "scores", harmed)
+    assert testreg.find(planted.model, text=text_for(30, 256)).positions == "on"
 
 
 def test_a_sink_that_follows_content():
@@ -181,7 +213,7 @@ def test_harm_is_refused_with_numbers_and_may_be_forced(planted, monkeypatch):
         (text_for(30, 256) + 10, BadText, "its tokenizer is"),
         (text_for(30, 256).float(), BadText, "must be whole numbers"),
         (3, BadText, "not a int"),
-        (Path("missing.txt"), BadText, "cannot be read as text"),
+        (Path("missing.txt"), BadText, "there is no file or folder .missing.txt. of text"),
         ("some text", BadText, "no usable tokenizer"),
     ],
 )
@@ -190,11 +222,27 @@ def test_bad_text(planted, text, error, message):
         testreg.find(planted.model, text=text)
 
 
+def test_a_tokenizer_of_another_model(planted):
+    class Foreign(Words):
+        unk_token_id, unk_token = 63, "<unk>"
+
+        def __call__(self, text):
+            return {"input_ids": [START, *(63 for _ in text.split())]}
+
+    with pytest.raises(BadText, match=r"does not know 100% of the text \(its token '<unk>'\)"):
+        testreg.find(planted.model, text="w " * 3000, tokenizer=Foreign())
+    with pytest.raises(BadText, match="no usable tokenizer with 'nowhere'"):
+        testreg.find(planted.model, text="w " * 3000, tokenizer="nowhere")
+    with pytest.raises(BadText, match=r"tokenizer must be one of transformers.*not a function"):
+        testreg.find(planted.model, text="w " * 3000, tokenizer=lambda text: [1])
+
+
 def test_a_name_of_a_file_is_told_from_a_text(planted, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("1 2 3")
-    with pytest.raises(BadText, match="is the name of a file"):
-        testreg.find(planted.model, text=str(file), tokenizer=Words())
+    for given in (str(file), [str(file)]):
+        with pytest.raises(BadText, match="is the name of a file"):
+            testreg.find(planted.model, text=given, tokenizer=Words())
 
 
 def test_bad_models(planted):

@@ -232,7 +232,7 @@ def test_a_name_is_refused_or_known_but_not_both():
 
 def test_a_text_model_is_called_one():
     model = hf.BertModel(hf.BertConfig(**{**TEXT, "bos_token_id": None, "eos_token_id": None}))
-    with pytest.raises(UnsupportedModel, match=r"BertModel is a text model; testreg patches Vision Transformers"):
+    with pytest.raises(UnsupportedModel, match=r"BertModel is a text model, and images are for Vision Transformers"):
         find_tower(model)
 
 

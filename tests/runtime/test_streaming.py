@@ -204,6 +204,25 @@ def test_padding_on_the_left_is_seen_by_nobody(keep):
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1, 3, WINDOW])
+def test_what_stays_of_a_text_far_shorter_than_the_others(size):
+    """Its first tokens come when the others have had theirs long ago, and not all at once."""
+    model, ids, mask = built("llama"), text(3, 120), torch.ones(3, 120, dtype=torch.long)
+    padding = (0, 98, 110)
+    for row, pads in enumerate(padding):
+        ids[row, :pads], mask[row, :pads] = PAD, 0
+    cache, found = StreamingCache(model, window=WINDOW, keep=4), []
+    for at, piece in zip(range(size, 121, size), ids.split(size, dim=1), strict=True):
+        found.append(logits(model, piece, attention_mask=mask[:, :at], past_key_values=cache))
+    found = torch.cat(found, 1)
+    for row, pads in enumerate(padding):  # as each alone, in the same pieces
+        sizes = [piece.shape[1] for piece in torch.arange(120)[None].split(size, dim=1) if piece[0, -1] >= pads]
+        sizes[0] -= pads % size
+        alone = read_into(StreamingCache(model, window=WINDOW, keep=4), model, ids[row : row + 1, pads:], sizes)
+        assert found[row, pads:] == pytest.approx(alone[0], abs=2e-4)
+    assert found[2, 110:] == pytest.approx(logits(model, ids[2:, 110:])[0], abs=2e-4)  # ten tokens are all seen
+
+
 def test_beams():
     model, ids = built("llama"), text(2, 6)
     more = {"max_new_tokens": 12, "min_new_tokens": 12, "num_beams": 3, "do_sample": False}
