@@ -11,6 +11,7 @@ import testreg
 from testreg import RegisterPlan
 from testreg.checkpoints.original import load_base
 from testreg.images import stream
+from testreg.judging.quantise import Ranges
 
 ROWS = {6: (59, 189), 7: (417,)}  # the register neurons of vit-tiny-augreg
 
@@ -61,6 +62,18 @@ def ao_dynamic(model, photos):
     return model
 
 
+def ao_static(model, photos):
+    from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+
+    with Ranges(model) as ranges, torch.no_grad():
+        model(photos)
+    for name, (low, high) in {name: ranges.range(name) for name in ranges.images}.items():
+        scale = (torch.maximum(-low, high) / 127).reshape((1, 1) if name == "classifier" else (1, 1, 1))  # as its input
+        config = Int8StaticActivationInt8WeightConfig(act_quant_scale=scale, granularity=[PerTensor(), PerRow()])
+        quantize_(model, config, filter_fn=lambda module, path, name=name: path == name)
+    return model
+
+
 def quanto(model, photos):
     from optimum.quanto import Calibration, freeze, qint8, quantize
 
@@ -78,6 +91,7 @@ def torch_dynamic(model, photos):
 QUANTISERS = {
     "torchao weights": ("torchao", ao_weights, 0.99),
     "torchao dynamic": ("torchao", ao_dynamic, 0.98),
+    "torchao static": ("torchao", ao_static, 0.9),
     "quanto static": ("optimum.quanto", quanto, 0.9),
     "torch.ao dynamic": ("torch", torch_dynamic, 0.9),
 }
