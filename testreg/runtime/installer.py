@@ -24,6 +24,7 @@ from .paths import path_to, reach, walk
 from .plan import RegisterPlan
 from .prefix import Prefixed, measure, shifted
 from .relay import Record, Relay
+from .seal import Seal
 from .towers import Tower, blocks_of
 from .turn import Turn, TurnCall
 
@@ -91,6 +92,7 @@ class Patch:
         self._worn: list[Forward] = []
         self._turns: list[TurnCall] = []
         self._hooks: list[Any] = []
+        self._seal = Seal()
         self._stack().append(self)
         self._show_top()
 
@@ -140,9 +142,13 @@ class Patch:
         Raises:
             TestregError: the model was changed so far that the plan does not fit it.
         """
+        if not self._hooks or self._seal.holds():
+            return
         tower = self.tower
         blocks = blocks_of(tower.module, tower.row)
-        if not self._hooks or (blocks == tower.blocks and all(self._still(worn, blocks) for worn in self._worn)):
+        if blocks == tower.blocks and all(self._still(worn, blocks) for worn in self._worn):
+            if self._seal.possible:
+                self._seal = Seal(tower.module, [worn.module for worn in self._worn])
             return
         self._uninstall()
         try:
@@ -246,6 +252,7 @@ class Patch:
         self._worn.append(instead)
 
     def _uninstall(self) -> None:
+        self._seal = Seal()
         while self._hooks:
             self._hooks.pop().remove()
         for put in (self._worn, self._turns):
