@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .int8 import export_int8
     from .onnx import export_onnx
     from .quantiser import Int8
+    from .rest import put_at_rest
 
-__all__ = ["Check", "Int8", "export", "export_int8", "export_onnx", "export_stock"]
+__all__ = ["Check", "Int8", "export", "export_int8", "export_onnx", "export_stock", "put_at_rest"]
 
 if not TYPE_CHECKING:  # or checkers would take any name
     __getattr__ = lazily(
@@ -32,6 +33,7 @@ if not TYPE_CHECKING:  # or checkers would take any name
             "export_int8": "int8",
             "export_onnx": "onnx",
             "export_stock": "bake",
+            "put_at_rest": "rest",
         },
     )
 

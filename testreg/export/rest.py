@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..finding.observe import run, unpatched
+from ..runtime.errors import BadPlan
 from ..runtime.plan import RegisterPlan
 from ..runtime.towers import Tower, find_tower
 
@@ -19,14 +20,24 @@ def put_at_rest(model: nn.Module, plan: RegisterPlan, inputs: Mapping[str, Tenso
 
     A neuron's rows in the first linear (gate and up projection of a gated MLP alike) become zero, so that it has the
     same value on every token; what it adds at rest, its column times that, goes into the second linear's bias; the
-    column becomes zero. So the tensor between the two has no outlier, nor has either weight what it needed for one.
-    Where the rows of a neuron cannot be told by the widths of the MLP's linears, or the neurons pass a norm on the way,
-    it stays in the plan.
+    column becomes zero. So the tensor between the two has no outlier, nor has either weight what it needed for one,
+    and a quantiser that looks at what a linear is given, before the patch can, sees none either. Where the rows of a
+    neuron cannot be told by the widths of the MLP's linears, or the neurons pass a norm on the way, it stays in the
+    plan.
 
     Args:
+        model: not patched; patch it with what is returned.
         plan: in the attention form; tokens of the other forms fire the neurons themselves, and need them.
         inputs: what the model is called with, of two images or more, to see that nothing else changes.
+
+    Raises:
+        BadPlan: the plan has another form.
     """
+    if plan.form != "attention":
+        raise BadPlan(
+            f"registers of the {plan.form} form fire the neurons themselves, so these cannot rest in the weights: find "
+            f"some that only attention sees, testreg.find(model, images, form='attention')."
+        )
     tower = find_tower(model)
     left = {}
     for index, neurons in plan.neurons.items():

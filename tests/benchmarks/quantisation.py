@@ -1,4 +1,6 @@
-"""What registers are worth when a model is quantised: `python -m tests.benchmarks.quantisation [simulated|onnx|all]`.
+"""What registers are worth when a model is quantised.
+
+`python -m tests.benchmarks.quantisation [simulated|onnx|quantisers|all]`
 
 Real weights. Calibrated on 64 photos, on which the registers are found too; scored on the 150 others. Agreement is the
 share of photos whose largest output is that of the float model as it came.
@@ -7,6 +9,7 @@ share of photos whose largest output is that of the float model as it came.
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +23,14 @@ from testreg import RegisterPlan
 from testreg.cli import words
 from testreg.export.int8 import export_int8
 from testreg.export.quantiser import Int8
+from testreg.export.rest import put_at_rest
 from testreg.finding.as_tokens import as_tokens
 from testreg.images.streaming import stream
 from testreg.judging.asking import ask
 from testreg.judging.quantise import FP8, Scheme, quantised
 from testreg.metrics import agreement
 from tests.benchmarks.method import ASSETS, photos
+from tests.quantisers import QUANTISERS
 
 WEAK = 10  # the block after which the depth encoder's weak artefact is
 SCHEMES = (
@@ -46,7 +51,7 @@ SCHEMES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["simulated", "onnx", "all"], default="all")
+    parser.add_argument("what", nargs="?", choices=["simulated", "onnx", "quantisers", "all"], default="all")
     parser.add_argument("--plan", help="registers of vit-tiny-augreg, instead of those that are found")
     parser.add_argument("--only", action="append", help="a row of the simulated table, as it is called; again")
     given = parser.parse_args()
@@ -54,6 +59,8 @@ def main() -> None:
         simulated(given.plan, given.only)
     if given.what in ("onnx", "all"):
         onnx(given.plan)
+    if given.what in ("quantisers", "all"):
+        quantisers(given.plan)
 
 
 def simulated(plan: str | None, only: list[str] | None) -> None:
@@ -120,6 +127,28 @@ def onnx(plan: str | None) -> None:
         replace(plain, operators="all", keep=("Softmax", "LayerNormalization", "Add")),
     ):
         _table(f"vit-tiny-augreg, {how}", vit, calibration, scoring, how)
+
+
+def quantisers(plan: str | None) -> None:
+    """Other libraries' int8, as tests/runtime/test_quantisers.py calls them."""
+    model = AutoModelForImageClassification.from_pretrained(ASSETS / "checkpoints" / "vit-tiny-augreg").eval()
+    calibration, scoring = photos()
+    seen, judged = ([dict(batch.inputs) for batch in stream(part, model=model)] for part in (calibration, scoring))
+    found = RegisterPlan.load(plan) if plan else testreg.find(model, calibration)
+    ranges = torch.cat([batch["pixel_values"] for batch in seen])
+    float_ = _answers(model, judged)
+    print("| quantiser | unpatched | patched | at rest in the weights, patched |\n|---|---|---|---|", flush=True)
+    for name in ("torchao static", "quanto static", "torchao dynamic"):
+        cells = []
+        for arm in ("unpatched", "patched", "at rest"):
+            other = copy.deepcopy(model)
+            if arm != "unpatched":
+                testreg.patch(
+                    other, put_at_rest(other, found, {"pixel_values": ranges[:2]}) if arm == "at rest" else found
+                )
+            score = agreement(_answers(QUANTISERS[name][1](other, ranges), judged), float_)
+            cells.append(f"{score.same.float().mean():.1%}, {score.cosine.mean():.4f}")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def _table(title: str, model: Any, calibration: Any, scoring: Any, how: Int8) -> None:

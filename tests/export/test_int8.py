@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 import testreg
-from testreg import BadCheckpoint, BadImages, Harmful, RegisterPlan, TestregError
+from testreg import BadCheckpoint, BadImages, BadPlan, Harmful, RegisterPlan, TestregError
 from testreg.demo.planted import plant
 from testreg.export import Int8, export_int8, quantiser
 from testreg.export.rest import put_at_rest
@@ -102,6 +102,11 @@ def test_neurons_rest_in_the_weights():
     left = RegisterPlan({}, plan.registers, entry=plan.entry, state=plan.state, law=plan.law)
     with testreg.patch(model, left), torch.no_grad():
         torch.testing.assert_close(model(images(4)).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_neurons_that_tokens_need_cannot_rest_in_the_weights():
+    with pytest.raises(BadPlan, match="form='attention'"):
+        put_at_rest(planted("dinov2"), RegisterPlan({1: (2,)}), {"pixel_values": images(2)})
 
 
 def test_what_is_done_to_a_graph_changes_nothing(tmp_path):

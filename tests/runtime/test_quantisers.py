@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from torch import nn
+from quantisers import QUANTISERS, quanto
 
 import testreg
 from testreg import RegisterPlan
 from testreg.checkpoints.original import load_base
+from testreg.export import put_at_rest
 from testreg.images import stream
-from testreg.judging.quantise import Ranges
 
 ROWS = {6: (59, 189), 7: (417,)}  # the register neurons of vit-tiny-augreg
 
@@ -48,55 +48,6 @@ def real(assets):
     return model, plan, photos, expected
 
 
-def ao_weights(model, photos):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(model, Int8WeightOnlyConfig())
-    return model
-
-
-def ao_dynamic(model, photos):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
-
-
-def ao_static(model, photos):
-    from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
-
-    with Ranges(model) as ranges, torch.no_grad():
-        model(photos)
-    for name, (low, high) in {name: ranges.range(name) for name in ranges.images}.items():
-        scale = (torch.maximum(-low, high) / 127).reshape((1, 1) if name == "classifier" else (1, 1, 1))  # as its input
-        config = Int8StaticActivationInt8WeightConfig(act_quant_scale=scale, granularity=[PerTensor(), PerRow()])
-        quantize_(model, config, filter_fn=lambda module, path, name=name: path == name)
-    return model
-
-
-def quanto(model, photos):
-    from optimum.quanto import Calibration, freeze, qint8, quantize
-
-    quantize(model, weights=qint8, activations=qint8)
-    with Calibration(), torch.no_grad():
-        model(photos)
-    freeze(model)
-    return model
-
-
-def torch_dynamic(model, photos):
-    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-
-
-QUANTISERS = {
-    "torchao weights": ("torchao", ao_weights, 0.99),
-    "torchao dynamic": ("torchao", ao_dynamic, 0.98),
-    "torchao static": ("torchao", ao_static, 0.9),
-    "quanto static": ("optimum.quanto", quanto, 0.9),
-    "torch.ao dynamic": ("torch", torch_dynamic, 0.9),
-}
-
-
 def cosine(one, other):
     return float(torch.nn.functional.cosine_similarity(one, other).mean())
 
@@ -120,6 +71,19 @@ def test_both_orders(real, name, order):
     norms = got.hidden_states[-2][:, 1:].norm(dim=-1)
     assert float((norms.amax(-1) / norms.median(-1).values).max()) < 4
     assert testreg.active(model) is not None
+
+
+def test_a_quantiser_that_reads_ahead_of_the_patch_wants_neurons_at_rest_in_the_weights(real):
+    pytest.importorskip("optimum.quanto")
+    original, plan, photos, expected = real
+    answers = []
+    for rest in (False, True):
+        model = copy.deepcopy(original)
+        left = put_at_rest(model, plan, {"pixel_values": photos[:2]}) if rest else plan
+        testreg.patch(model, left)
+        with torch.no_grad():
+            answers.append(cosine(quanto(model, photos)(photos[:8]).logits, expected))
+    assert answers[0] < 0.97 < 0.985 < answers[1], answers
 
 
 def test_a_patched_model_is_exported_and_quantised(real):
