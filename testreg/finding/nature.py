@@ -18,7 +18,8 @@ from .kinds import Kinds
 from .observe import observe, run
 from .scan import Kept
 
-CLOSER = 8  # images that are looked at once more
+CLOSER = 8  # images, at most, that are looked at once more
+ENOUGH = 16  # outliers to tell states by: no more images then
 FEWEST = 4  # images: below, nothing can be said of places
 OFTEN = 0.5  # share of the images in which a patch is an outlier, where its place makes it one
 HARDLY_ANY = 0.1  # of the outliers
@@ -127,7 +128,7 @@ def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, 
     where: Any = "unknown"
     if share is not None:
         where = "position" if share >= NEARLY_ALL else "content" if share <= HARDLY_ANY else "both"
-    spoilt = [(image, row) for image, row in zip(images, outliers, strict=True) if row.any()][:CLOSER]
+    spoilt = _enough([(image, row) for image, row in zip(images, outliers, strict=True) if row.any()])
     behind = range(found.block + 1, len(tower.blocks))
     states, values = _closer(model, tower, spoilt, found.shown, behind)
     picked = torch.cat([state[row] for state, (_, row) in zip(states, spoilt, strict=True)])  # (outliers, channels)
@@ -146,6 +147,12 @@ def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, 
         alike=float((along > ALIKE).float().mean()),
         pattern=_pattern(images, outliers),
     )
+
+
+def _enough(spoilt: list[tuple[Kept, Tensor]]) -> list[tuple[Kept, Tensor]]:
+    """The first images, with which of their patches are outliers: as many as tell what outliers are."""
+    seen = torch.tensor([int(outliers.sum()) for _, outliers in spoilt]).cumsum(0)  # (images,)
+    return spoilt[: min(CLOSER, max(FEWEST, int((seen < ENOUGH).sum()) + 1))]
 
 
 def _closer(
