@@ -61,8 +61,8 @@ class Int8:
         per_tensor: one scale for each weight, not for each of its output channels.
         keep: what stays in float: patterns of module names, as in `"*.layers.0.*"`, or operators, as in `"Softmax"`.
         even: give channels and tokens in front of linears sizes that one scale can hold (see
-            `testreg.finding.evening`); None = where linears alone are quantised, since what does it would lose its own
-            precision elsewhere.
+            `testreg.finding.evening`); None = where linears alone are quantised: between other operators it brings
+            nothing.
 
     Raises:
         TestregError: a value is none of these.
