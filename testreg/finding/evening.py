@@ -16,6 +16,7 @@ from torch import Tensor
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EACH, ROWS = 8, 256  # tokens that are kept of an image, and of all
+QUIET = 1e-2  # of the median channel: no channel is taken for quieter
 SMALL = 1e-5  # a channel or token that is nothing
 
 
@@ -37,7 +38,8 @@ class Seen:
         self.most, self.images, self.rows = rows, 0, list[Tensor]()
 
     def add(self, tokens: Tensor) -> None:
-        """The tokens `(tokens, channels)` of one more image."""
+        """The tokens `(..., channels)` of one more image."""
+        tokens = tokens.flatten(0, -2)
         low, high = tokens.amin(0), tokens.amax(0)
         self.low, self.high = (
             (torch.minimum(self.low, low), torch.maximum(self.high, high)) if self.images else (low, high)
@@ -92,6 +94,7 @@ def even(
     rows = torch.cat(seen.rows).to(weight)  # (tokens, channels)
     low, high = seen.low.to(weight), seen.high.to(weight)
     magnitude, read = torch.maximum(-low, high), weight.abs().amax(0)
+    magnitude = magnitude.clamp(min=QUIET * float(magnitude.median()))  # who was silent so far may still fire
     product = rows @ weight.mT  # (tokens, outputs)
     tried = []
     for alpha in ALPHAS:

@@ -64,7 +64,8 @@ class TextBench:
         self.sequences = len(kept)
         self.begun = {GIVEN: [stack(batch)["input_ids"] for batch in together(kept, batch_size)]}
         if start is not None:
-            self.begun[OTHERWISE] = [_otherwise(ids, start) for ids in self.begun[GIVEN]]
+            begun = all(bool((ids[:, 0] == start).all()) for ids in self.begun[GIVEN])
+            self.begun[OTHERWISE] = [ids[:, 1:] if begun else _after(start, ids) for ids in self.begun[GIVEN]]
         alone = {how: self._run(batches) for how, batches in self.begun.items()}
         self._unpatched = {how: perplexity for how, (perplexity, _) in alone.items()}
         self.unpatched, norms = alone[GIVEN]
@@ -99,9 +100,7 @@ class TextBench:
         return perplexity_of(losses, tokens), torch.cat(norms)
 
 
-def _otherwise(ids: Tensor, start: int) -> Tensor:
-    if bool((ids[:, 0] == start).all()):
-        return ids[:, 1:]
+def _after(start: int, ids: Tensor) -> Tensor:
     return torch.cat([torch.full_like(ids[:, :1], start), ids], dim=1)
 
 

@@ -117,13 +117,10 @@ def masked(data: str | Path) -> list[Sample]:
     """Photos with a mask below a folder: a PNG file of the same name below a folder `masks` or `SegmentationClass`.
 
     Raises:
-        BadImages: no photo has one.
+        BadImages: no photo has one, or which of several cannot be told.
     """
     folder = _folder(data)
-    masks: dict[str, Path] = {}
-    for name in MASKS[:2]:
-        masks |= {path.stem: path for path in sorted(folder.rglob(f"{name}/**/*.png"))}
-    samples = [Sample(path, mask=masks[path.stem]) for path in _photos(folder) if path.stem in masks]
+    samples = [Sample(path, mask=mask) for path, mask in _paired(folder, MASKS[:2])]
     return _some(samples, folder, "a folder masks/ with a PNG of class indices for each photo, of the same name")
 
 
@@ -131,11 +128,10 @@ def deep(data: str | Path) -> list[Sample]:
     """Photos with a depth map below a folder: a PNG file of the same name below a folder `depths`.
 
     Raises:
-        BadImages: no photo has one.
+        BadImages: no photo has one, or which of several cannot be told.
     """
     folder = _folder(data)
-    maps = {path.stem: path for path in sorted(folder.rglob(f"{DEPTHS}/**/*.png"))}
-    samples = [Sample(path, depth=maps[path.stem]) for path in _photos(folder) if path.stem in maps]
+    samples = [Sample(path, depth=depth) for path, depth in _paired(folder, (DEPTHS,))]
     return _some(samples, folder, "a folder depths/ with a PNG of millimetres for each photo, of the same name")
 
 
@@ -240,6 +236,36 @@ def _folder(data: str | Path) -> Path:
     if not folder.is_dir():
         raise BadImages(f"there is no folder {folder}: a folder with photos and their labels is needed.")
     return folder
+
+
+def _paired(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """Photos, each with the PNG file below a folder called one of `names` that has its path, or else its name.
+
+    Raises:
+        BadImages: a name is that of several files, and none has the photo's path.
+    """
+    labels: dict[tuple[str, ...], Path] = {}  # by their path without that folder
+    for name in names:
+        for path in sorted(folder.rglob(f"{name}/**/*.png")):
+            place = path.relative_to(folder).with_suffix("").parts
+            labels[tuple(part for part in place if part != name)] = path
+    photos = {path: path.relative_to(folder).with_suffix("").parts for path in _photos(folder)}
+    taken: dict[Path, Path] = {}  # label -> photo
+    for photo, place in photos.items():
+        ends = [place[start:] for start in range(len(place) - 1 if len(place) > 1 else 1)]
+        if (end := next((end for end in ends if end in labels), None)) is not None:
+            taken.setdefault(labels[end], photo)
+    paired = {photo: label for label, photo in taken.items()}
+    left: dict[str, list[Path]] = {}
+    for place, path in labels.items():
+        if path not in taken:
+            left.setdefault(place[-1], []).append(path)
+    for photo in [photo for photo in photos if photo not in paired and photo.stem in left]:
+        several = left[photo.stem]
+        if len(several) > 1:
+            raise BadImages(f"{photo} may go with {several[0]} or {several[1]}: give both the folders of the photos.")
+        paired[photo] = several[0]
+    return [(photo, paired[photo]) for photo in photos if photo in paired]
 
 
 def _photos(folder: Path) -> Iterator[Path]:

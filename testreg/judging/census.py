@@ -179,7 +179,7 @@ def _photos(images: str | Path) -> str:
     given = Path(images).expanduser()
     found = [path for path, named in files(given) if named] if given.is_dir() else [given]
     listed = sorted(f"{path.name} {path.stat().st_size}" for path in found)
-    return f"{len(found)} ({hashlib.sha256(chr(10).join(listed).encode()).hexdigest()[:8]})"
+    return f"{len(found)} ({hashlib.sha256(chr(10).join(listed).encode(errors='surrogateescape')).hexdigest()[:8]})"
 
 
 def _reason(error: Exception) -> str:

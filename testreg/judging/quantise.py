@@ -33,8 +33,9 @@ class Scheme:
         per_token: one range for each token, taken as it comes (dynamic); otherwise one for each linear's input, from
             calibration images (static). With a zero point.
         clip: static ranges end where this share of an image's values lies inside, 0.5..1; None = at the extremes.
-        even: static ranges are of channels and tokens that were given sizes that one scale can hold, as
-            `testreg.export.export_int8` does it (see `testreg.finding.evening`).
+        even: static ranges are of channels and tokens that were given sizes that one scale can hold, in the way of
+            `testreg.export.export_int8` (see `testreg.finding.evening`); here for each linear by itself, and with
+            ranges of divided tokens from a few of them.
     """
 
     weights: int | str

@@ -148,7 +148,7 @@ class Patch:
         blocks = blocks_of(tower.module, tower.row)
         if blocks == tower.blocks and all(self._still(worn, blocks) for worn in self._worn):
             if self._seal.possible:
-                self._seal = Seal(tower.module, [worn.module for worn in self._worn])
+                self._seal = Seal(tower.module, [worn.module for worn in self._worn], blocks)
             return
         self._uninstall()
         try:

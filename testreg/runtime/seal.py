@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,14 +16,17 @@ class Seal:
 
     Args:
         module: the tower.
-        inside: modules of it; sealed are their forwards, and every place on the way to them.
+        worn: modules of it whose forwards are sealed, and every place on the way to them.
+        others: modules of which only the way is.
     """
 
-    def __init__(self, module: nn.Module | None = None, inside: Iterable[nn.Module] = ()):
+    def __init__(
+        self, module: nn.Module | None = None, worn: Sequence[nn.Module] = (), others: Sequence[nn.Module] = ()
+    ):
         self.places: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self.counts: dict[int, tuple[dict[str, Any], int]] = {}  # of the parts of those on the way
-        wanted, found = {id(part) for part in inside}, set[int]()
-        for part in inside:
+        wanted, found = {id(part) for part in (*worn, *others)}, set[int]()
+        for part in worn:
             self._add(part.__dict__, "forward", part.__dict__.get("forward"))
         for path, part in module.named_modules(remove_duplicate=False) if module is not None else ():
             if id(part) in wanted:

@@ -34,9 +34,9 @@ class StreamingCache(Cache):
     Args:
         model: a causal language model with rotary positions; its patch, if any, has to be on now.
         window: tokens, at most half of what the model was trained on.
-        keep: tokens from the beginning of each text, padding apart, that stay too, right before the window, as in
-            StreamingLLM, which has 4. By default none where the model has registers; a model without them needs a
-            number: 0 = a window alone.
+        keep: tokens from the beginning of each text, padding apart, that stay too, right before the window (of a piece
+            of several tokens, that of its first), as in StreamingLLM, which has 4. By default none where the model has
+            registers; a model without them needs a number: 0 = a window alone.
 
     Raises:
         TestregError: the model has no registers and `keep` is not given, or the window is out of range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +86,7 @@ class Texts:
         if self.text is None or not self.texts:
             return f"there is no text: give a text, a file or a folder of files ({', '.join(ENDINGS)}), or token ids."
         several = self.text if isinstance(self.text, (list, tuple)) else [self.text]
-        names = [one for one in several if isinstance(one, str) and len(one) < 4096 and Path(one).exists()]
+        names = [one for one in several if isinstance(one, str) and os.path.exists(one)]  # of any length
         if names:
             return (
                 f"the text is too short, and {names[0]!r} is the name of a file or folder: give "
@@ -147,7 +148,10 @@ class Texts:
 
 
 def start_of(model: Any, tokenizer: Any) -> int | None:
-    """The token that a text of the model begins with, by its tokenizer or its config."""
+    """The token that a text of the model begins with, by its tokenizer (or the name of one) or its config."""
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = tokenizer_named(tokenizer)
+    tokenizer = tokenizer or getattr(model, "tokenizer", None)
     known = model.get_input_embeddings().num_embeddings
     for source in (tokenizer, model.config.get_text_config(), getattr(model, "generation_config", None)):
         token = getattr(source, "bos_token_id", None)
@@ -167,8 +171,15 @@ def tokenizer_of(model: Any) -> Any:
     Raises:
         BadText: there is none.
     """
-    own = getattr(model, "tokenizer", None)
-    return own if callable(own) else tokenizer_named(getattr(model, "name_or_path", "") or type(model).__name__)
+    own, name = getattr(model, "tokenizer", None), getattr(model, "name_or_path", "")
+    if callable(own):
+        return own
+    if not name:
+        raise BadText(
+            f"there is no usable tokenizer with this {type(model).__name__}, which came from no checkpoint: pass "
+            f"tokenizer=NAME (--tokenizer NAME), a checkpoint that has the model's."
+        )
+    return tokenizer_named(name)
 
 
 def tokenizer_named(name: str | Path) -> Any:

@@ -67,7 +67,7 @@ def test_a_checkpoint_without_a_processor_gets_one_and_its_patched_one_keeps_it(
     refused(
         "inspect", vit, "--images", photos, says=("it has no preprocessor_config.json", "put a preprocessor_config")
     )
-    refused("inspect", vit, "--images", photos, says="--processor NAME on the command line")
+    refused("inspect", vit, "--images", photos, says="pass --processor NAME")
     for wrong, says in (("224", "SIZE:MEAN:STD"), ("./nowhere", "no directory ./nowhere"), (vit, "it has no prep")):
         refused("inspect", vit, "--images", photos, "--processor", wrong, says=says)
     file, out = tmp_path / "plan", tmp_path / "clean"

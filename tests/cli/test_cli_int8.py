@@ -65,7 +65,7 @@ def test_one_command_does_it_all(here, tmp_path):
 
 def test_harm_ends_with_four_and_names_the_layers(here, tmp_path, monkeypatch):
     monkeypatch.setattr("testreg.export.int8.LEAST", 1.1)
-    says = ("has a cosine of", "in front of", "mlp", "--keep", "--force")
+    says = ("has a cosine of", "in front of", "vit.layers.", "--keep", "--force")
     refused(*arguments(here, tmp_path / "vit.onnx"), says=says, code=4)
     assert contents(tmp_path) == {}
 

@@ -337,7 +337,7 @@ def test_the_command(checkpoint):
     assert (told["sequences"], told["tokens"], len(told["blocks"])) == (15, 64, 4)
     missing = run("--text", str(checkpoint / "none.txt"))
     assert missing.exit_code == 1
-    assert "cannot be read as text" in missing.output
+    assert "there is no file or folder" in missing.output
     neither = run()
     assert neither.exit_code == 2
     assert "--images" in neither.output

@@ -14,6 +14,7 @@ import testreg
 from testreg import BadText, NoOutliers, TestregError, UnsupportedModel
 from testreg.demo.planted_text import MARKED, START, planted_text, text_for
 from testreg.runtime.decoders import find_decoder
+from testreg.text.streams import start_of
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,30 @@ def test_harm_is_refused_with_numbers_and_may_be_forced(planted, monkeypatch):
 def test_bad_text(planted, text, error, message):
     with pytest.raises(error, match=message):
         testreg.find(planted.model, text=text)
+
+
+def test_sequences_of_which_some_begin_with_the_start_token(planted):
+    ids = text_for(30, 256)
+    ids[24:, 0] = 40
+    plan = testreg.find(planted.model, text=ids, batch_size=4, force=True)
+    assert "begun_otherwise" in json.dumps(plan.provenance["trials"])
+    assert plan.neurons == planted.neurons
+
+
+def test_the_start_token_is_that_of_a_named_tokenizer_too(planted, tmp_path, monkeypatch):
+    own = Words()
+    monkeypatch.setattr("testreg.text.streams.tokenizer_named", lambda name: own)
+    monkeypatch.setattr(planted.model.config, "bos_token_id", None)
+    monkeypatch.setattr(planted.model.generation_config, "bos_token_id", None)
+    assert start_of(planted.model, None) is None
+    assert start_of(planted.model, "name") == start_of(planted.model, own) == own.bos_token_id
+    monkeypatch.setattr(planted.model, "tokenizer", own, raising=False)
+    assert start_of(planted.model, None) == own.bos_token_id
+
+
+def test_a_short_text_longer_than_a_file_name(planted):
+    with pytest.raises(BadText, match="too short"):
+        testreg.find(planted.model, text="word " * 90, tokenizer=Words())
 
 
 def test_a_tokenizer_of_another_model(planted):

@@ -115,3 +115,21 @@ def test_the_command_line(data, tmp_path):
     assert rows[0]["value"] == pytest.approx(0, abs=0.02)
     assert " m [" in run(*given, "--limit", "8").stdout
     assert "does not take --foreground" in run(*given, "--foreground", "1-2", code=2).output
+
+
+def test_depths_go_with_the_photo_of_their_own_folder(tmp_path):
+    def made(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("I;16" if "depths" in name else "RGB", (4, 4)).save(tmp_path / name)
+
+    made("a/1.jpg", "b/1.jpg", "depths/a/1.png", "depths/b/1.png", "rooms/photos/2.jpg", "rooms/depths/2.png")
+    found = {str(one.path.relative_to(tmp_path)): one.depth for one in labels.deep(tmp_path)}
+    assert found["a/1.jpg"] == tmp_path / "depths/a/1.png"
+    assert found["b/1.jpg"] == tmp_path / "depths/b/1.png"
+    assert found["rooms/photos/2.jpg"] == tmp_path / "rooms/depths/2.png"  # of a name that no other has
+    made("c/1.jpg")
+    assert tmp_path / "c/1.jpg" not in [one.path for one in labels.deep(tmp_path)]  # the others' are not its own
+    made("depths/d/1.png", "depths/e/1.png")
+    with pytest.raises(BadImages, match=r"1.jpg may go with .*1.png or .*1.png"):
+        labels.deep(tmp_path)

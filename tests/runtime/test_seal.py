@@ -38,6 +38,14 @@ def test_what_is_exchanged_breaks_it(change):
     assert sealed(module).holds()
 
 
+def test_a_block_that_nothing_is_on_is_watched_too():
+    module = tower()
+    seal = Seal(module, [module[2]["down"]], list(module))
+    assert seal.holds()
+    module[0] = nn.Identity()
+    assert not seal.holds()
+
+
 def test_neither_an_empty_one_nor_a_copy_holds():
     seal = sealed(tower())
     assert not Seal().holds()

@@ -52,6 +52,8 @@ class Depth(Task):
             raise BadImages("a probe for depth needs photos to be fitted on and others to be judged on: two or more.")
         grid = features[0].shape[-2:]
         fitted = torch.stack([interpolate(true[None, None], grid, mode="nearest-exact")[0, 0] for true in depths[::2]])
+        if not bool((fitted > 0).any()):
+            raise BadImages("in the photos to fit a probe on, no depth is known where the patches are: give others.")
         errors = []
         for seed in range(self.seeds):
             probe = metrics.depth_probe(torch.stack(features[::2]), fitted, bins=self.bins, seed=seed, steps=self.steps)
