@@ -46,7 +46,8 @@ class Linears(TorchFunctionMode):
         if function is PACKED and id(args[5]) in self.names:
             return function(*self._packed(args), **kwargs)
         made = function(*args, **kwargs)
-        if function in NORMS or (function is torch.cat and any(map(normed, args[0]))):  # registers joined to it
+        joined = (args[0] if args else kwargs["tensors"]) if function is torch.cat else ()  # registers and a norm's
+        if function in NORMS or any(map(normed, joined)):
             setattr(made, NORMED, True)
         return made
 

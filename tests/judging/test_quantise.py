@@ -12,7 +12,7 @@ import testreg
 from testreg import BadImages, TestregError
 from testreg.demo.planted import plant
 from testreg.finding.evening import Seen, channels, even
-from testreg.finding.linears import Linears, linears
+from testreg.finding.linears import Linears, linears, normed
 from testreg.finding.rounding import rounded, rounded_weight
 from testreg.judging.evaluation import evaluate
 from testreg.judging.quantise import FP8, Scheme, activation_of, quantised, weight_of
@@ -105,6 +105,16 @@ def test_evening_out_loses_least_and_changes_nothing():
     values, again = found(tokens)
     assert values.abs().max() <= 1
     torch.testing.assert_close(again * values @ (weight * found.scale).mT, tokens @ weight.mT, atol=1e-3, rtol=1e-4)
+
+
+def test_what_a_norm_made_is_known_however_it_was_joined():
+    norm = nn.LayerNorm(4)
+    with Linears(norm):
+        tokens = norm(torch.randn(1, 3, 4))
+        others = torch.randn(1, 2, 4)
+        assert normed(torch.cat([others, tokens], 1))
+        assert normed(torch.cat(tensors=[others, tokens], dim=1))
+        assert not normed(torch.cat(tensors=[others, others], dim=1))
 
 
 def test_tokens_are_divided_where_no_norm_made_them(planted):
