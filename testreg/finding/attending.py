@@ -6,15 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..metrics.sinks import EPSILON, received
-from ..runtime.errors import UnsupportedModel
+from ..metrics.sinks import EPSILON
 from ..runtime.paths import reach
 from ..runtime.towers import Tower, find_tower
+from .closer import Glance
 from .detect import Artefact
-from .observe import observe, run
-from .scan import Kept
 
 NATIVE = (
     "config.num_register_tokens",
@@ -47,45 +45,26 @@ class Attending:
     outliers: float = 0.0
 
 
-class _Received(dict[int, Tensor]):
-    """Attention maps, of which only what every token receives is kept `(images, heads, tokens)`."""
-
-    def __setitem__(self, block: int, maps: Tensor) -> None:
-        super().__setitem__(block, received(maps).cpu())
-
-
-def attending(model: nn.Module, tower: Tower, images: Iterable[Kept], found: Artefact | None) -> Attending | None:
-    """Where attention goes on `images`, one pass each; None where the model's attention gives no maps."""
-    rows = []
-    own = native(tower)
-    blocks = range(len(tower.blocks))
-    behind = slice(len(blocks) if found is None else found.block + 1, None)
-    try:
-        with observe(model, attentions=blocks) as seen:
-            for image in images:
-                seen.attentions = _Received()
-                run(model, image.inputs)
-                alpha = torch.stack([seen.attentions[block] for block in blocks]).squeeze(1)  # (blocks, heads, tokens)
-                patches = alpha[..., tower.prefix :]
-                shares = (
-                    patches.amax(-1).mean(),
-                    alpha[..., : tower.prefix - own].sum(-1).mean(),
-                    alpha[..., tower.prefix - own : tower.prefix].sum(-1).mean(),
-                    (1 - alpha.sum(-1)).clamp(min=0).mean(),
-                    (patches > EPSILON).float().mean((0, 1)).amax(),
-                    _at(patches[behind], found, image),
-                )
-                rows.append(torch.stack(shares))
-    except UnsupportedModel:  # its attention gives no maps
-        return None
-    return Attending(*torch.stack(rows).mean(0).tolist())
+def attending(glances: Iterable[Glance], tower: Tower, found: Artefact | None) -> Attending | None:
+    """Where attention goes; None where no image shows it."""
+    rows = [_shares(glance, tower, found) for glance in glances if glance.attention is not None]
+    return Attending(*torch.tensor(rows).mean(0).tolist()) if rows else None
 
 
-def _at(patches: Tensor, found: Artefact | None, image: Kept) -> Tensor:
-    """What the outliers of an image receive together, mean over blocks and heads of `(blocks, heads, patches)`."""
-    if found is None or not len(patches):
-        return torch.zeros(())
-    return patches[..., found.threshold.outliers(image.norms[found.shown])].sum(-1).mean()
+def _shares(glance: Glance, tower: Tower, found: Artefact | None) -> list[float]:
+    assert glance.attention is not None
+    alpha, own = glance.attention, native(tower)  # (blocks, heads, tokens)
+    patches = alpha[..., tower.prefix :]
+    behind = patches[len(patches) if found is None else found.block + 1 :, :, glance.outliers]
+    shares = (
+        patches.amax(-1).mean(),
+        alpha[..., : tower.prefix - own].sum(-1).mean(),
+        alpha[..., tower.prefix - own : tower.prefix].sum(-1).mean(),
+        (1 - alpha.sum(-1)).clamp(min=0).mean(),
+        (patches > EPSILON).float().mean((0, 1)).amax(),
+        behind.sum(-1).mean() if len(behind) else 0.0,
+    )
+    return [float(share) for share in shares]
 
 
 def native(model: nn.Module | Tower) -> int:

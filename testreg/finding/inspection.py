@@ -11,6 +11,7 @@ from ..metrics.outliers import BlockNorms
 from ..runtime.towers import find_tower
 from . import language
 from .attending import Attending, attending, native
+from .closer import FEW, glances
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .nature import Nature, nature
@@ -22,7 +23,6 @@ from .trial import Threshold
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FEW = 4  # images whose attention maps are looked at
 KEPT = 16  # images that tell what kind of artefact it is
 
 
@@ -132,7 +132,8 @@ def inspect(
     def decide(counted: Counted) -> Inspection:
         norms, limit = counted.norms, chosen(counted.norms, threshold)
         found, kept = artefact(norms, limit), list(counted.sample)
-        attention = attending(model, tower, kept[:FEW], found)
+        closer = glances(model, tower, kept, found)
+        attention = attending(closer, tower, found)
         return Inspection(
             blocks=table(norms, limit),
             ratios=tuple(largest_ratio(norms).tolist()),
@@ -142,7 +143,7 @@ def inspect(
             family=tower.family,
             native=native(tower),
             attention=attention,
-            nature=None if found is None else nature(model, tower, kept, found, attention),
+            nature=None if found is None else nature(kept, closer, found, attention),
             scales=scales(model, tower, kept[:FEW]),
         )
 

@@ -6,20 +6,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..metrics.outliers import locked
-from ..runtime.errors import UnsupportedModel
-from ..runtime.towers import Tower
 from .attending import Attending
+from .closer import Glance
 from .detect import NEARLY_ALL, Artefact
 from .kinds import Kinds
-from .observe import observe, run
 from .scan import Kept
 
-CLOSER = 8  # images, at most, that are looked at once more
-ENOUGH = 16  # outliers to tell states by: no more images then
 FEWEST = 4  # images: below, nothing can be said of places
 OFTEN = 0.5  # share of the images in which a patch is an outlier, where its place makes it one
 HARDLY_ANY = 0.1  # of the outliers
@@ -116,11 +112,12 @@ class Nature:
         return {**asdict(self), "places": list(self.places), "sink": self.sink, "sentences": self.sentences}
 
 
-def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, seen: Attending | None) -> Nature:
+def nature(images: list[Kept], glances: list[Glance], found: Artefact, seen: Attending | None) -> Nature:
     """What kind of artefact `found` is.
 
     Args:
-        images: kept images; the model, as it is now, runs once more on a few that have outliers.
+        images: kept images, to tell places by.
+        glances: at some of them.
         seen: where attention goes.
     """
     outliers = [found.threshold.outliers(image.norms[found.shown]) for image in images]
@@ -128,11 +125,14 @@ def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, 
     where: Any = "unknown"
     if share is not None:
         where = "position" if share >= NEARLY_ALL else "content" if share <= HARDLY_ANY else "both"
-    spoilt = _enough([(image, row) for image, row in zip(images, outliers, strict=True) if row.any()])
-    behind = range(found.block + 1, len(tower.blocks))
-    states, values = _closer(model, tower, spoilt, found.shown, behind)
-    picked = torch.cat([state[row] for state, (_, row) in zip(states, spoilt, strict=True)])  # (outliers, channels)
-    others = torch.cat([state[~row] for state, (_, row) in zip(states, spoilt, strict=True)])  # (others, channels)
+    spoilt = [(glance.state, glance) for glance in glances if glance.state is not None]
+    picked = torch.cat([state[glance.outliers] for state, glance in spoilt])  # (outliers, channels)
+    others = torch.cat([state[~glance.outliers] for state, glance in spoilt])  # (others, channels)
+    ratios = [
+        float(norms[glance.outliers].mean() / norms[~glance.outliers].mean())
+        for glance in glances
+        for norms in glance.values
+    ]
     kinds, likeness = _kinds(picked)
     middle = others.mean(0)
     along = cosine_similarity(others - middle, (picked.mean(0) - middle)[None])  # (others,)
@@ -142,43 +142,11 @@ def nature(model: nn.Module, tower: Tower, images: list[Kept], found: Artefact, 
         places=places,
         states=kinds,
         likeness=likeness,
-        values=values,
-        attention=seen.outliers if seen and behind else None,
+        values=sum(ratios) / len(ratios) if ratios else None,
+        attention=seen.outliers if seen and found.block + 1 < len(images[0].norms) else None,
         alike=float((along > ALIKE).float().mean()),
         pattern=_pattern(images, outliers),
     )
-
-
-def _enough(spoilt: list[tuple[Kept, Tensor]]) -> list[tuple[Kept, Tensor]]:
-    """The first images, with which of their patches are outliers: as many as tell what outliers are."""
-    seen = torch.tensor([int(outliers.sum()) for _, outliers in spoilt]).cumsum(0)  # (images,)
-    return spoilt[: min(CLOSER, max(FEWEST, int((seen < ENOUGH).sum()) + 1))]
-
-
-def _closer(
-    model: nn.Module, tower: Tower, images: list[tuple[Kept, Tensor]], shown: int, behind: range
-) -> tuple[list[Tensor], float | None]:
-    """States of the patches after a block, per image `(patches, channels)`, and the values' norm at outliers over that
-    elsewhere, mean over images and the blocks behind.
-    """
-    try:
-        return _look(model, tower, images, shown, behind)
-    except UnsupportedModel:  # its values cannot be read
-        return _look(model, tower, images, shown, range(0))
-
-
-def _look(
-    model: nn.Module, tower: Tower, images: list[tuple[Kept, Tensor]], shown: int, behind: range
-) -> tuple[list[Tensor], float | None]:
-    states, ratios = [], []
-    for image, outliers in images:
-        with observe(model, states=[shown], values=behind) as seen:
-            run(model, image.inputs)
-        states.append(seen.states[shown][0, tower.prefix :].float().cpu())
-        for values in seen.values.values():
-            norms = values[0, tower.prefix :].float().norm(dim=-1).cpu()  # (patches,)
-            ratios.append(float(norms[outliers].mean() / norms[~outliers].mean()))
-    return states, sum(ratios) / len(ratios) if ratios else None
 
 
 def _kinds(states: Tensor) -> tuple[int, float]:

@@ -21,6 +21,7 @@ from ..runtime.plan import MOST_REGISTERS, RegisterPlan
 from ..runtime.towers import Tower, find_tower
 from .attending import attending
 from .choose import Search, Wanted
+from .closer import glances
 from .count import Counted
 from .detect import Artefact, artefact, check_threshold, chosen, largest_ratio, table
 from .nature import nature
@@ -33,7 +34,6 @@ from .trial import Bench, Score, Threshold
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FEW = 4  # images whose attention maps are looked at
 FEWEST = 6  # images: two to rank neurons, two to try plans, two for the guard
 # What the guard allows, on images that no choice was made on:
 MOST_LEFT = 0.05  # of the outliers
@@ -145,8 +145,9 @@ def find(
             fixed = registers is not None or recipe == "paper" or tower.row.packed
             more = range(0) if top_k is not None else search.blocks
             plan, measured = others.fitted(best, search.bench, () if fixed and sizes is None else sizes, more)
-        attention = attending(model, tower, ranked[:FEW], found)
-        guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size)
+        closer = glances(model, tower, ranked, found)
+        attention = attending(closer, tower, found)
+        guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size, once=True)
         score = guard.score(plan)
         if not force:
             _refuse_harm(plan, score, guard.before)
@@ -157,7 +158,7 @@ def find(
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
             "resolution": None if tower.row.packed else _resolution(pixels(next(iter(sample)).inputs)),
             "artefact": found.to_dict(),
-            "nature": nature(model, tower, ranked, found, attention).to_dict(),
+            "nature": nature(ranked, closer, found, attention).to_dict(),
             "attention": None if attention is None else asdict(attention),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,

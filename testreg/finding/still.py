@@ -33,13 +33,15 @@ def quiet(model: nn.Module) -> Iterator[None]:
             f"copy in each, and patch the sharded one with it."
         )
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(mode for _, mode in modes):
+        model.eval()
     try:
         with torch.no_grad(), _as_written():
             yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:  # telling a module anything is slow, and there may be thousands
+                module.training = mode
 
 
 def _as_written() -> AbstractContextManager[Any]:

@@ -42,7 +42,11 @@ class Carrier(Block):
         joined = self._joined(tokens)
         registers = turned(joined).shape[1] - turned(tokens).shape[1]
         here.waiting = None  # nothing is left of a pass that ends in an error
-        output = self._marked(registers, joined, *args, **kwargs)
+        here.block, here.registers, here.real = self.index, registers, None
+        try:
+            output = super().forward(joined, *args, **kwargs)
+        finally:
+            here.block, here.registers = None, 0
         full = output[0] if isinstance(output, tuple) else output  # (batch, registers + tokens, channels)
         tokens = turned(turned(full)[:, registers:])
         if self.last:
@@ -58,7 +62,7 @@ class Carrier(Block):
         turned = self.relay.tower.turned
         if self.start is not None:
             given = turned(tokens)
-            return turned(redirect.join(self.start.like(tokens, self.relay.count(given.shape[1])), given))
+            return turned(redirect.join(self.start.like(given, self.relay.count(given.shape[1])), given))
         full = getattr(tokens, BUFFER, None)
         if full is not None and not full.requires_grad:
             return full

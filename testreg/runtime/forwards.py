@@ -13,7 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -88,23 +88,22 @@ class Block(Forward):
         self.acts = acts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original(*args, **kwargs) if self.off else self._marked(0, *args, **kwargs)
-
-    def _marked(self, registers: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.original(*args, **kwargs)
         here = self.relay.here
-        here.block, here.registers, here.acted, here.real, here.passed = self.index, registers, 0, None, True
-        try:
-            output = self.original(*args, **kwargs)
-        finally:
-            here.block, here.registers = None, 0
+        here.acted, here.passed = 0, True
+        output = self.original(*args, **kwargs)
         if here.acted & self.acts != self.acts:
-            missing = "second linear" if here.acted & ATTENTION or not self.acts & ATTENTION else "attention"
-            raise TestregError(
-                f"block {self.index} ({type(self.module).__name__}) ran without calling its {missing} as a module, so "
-                f"the registers could not act: a fused kernel reads its weights, or it was exchanged while a compiled "
-                f"model ran. Switch the fusion off, or patch again: testreg.active(model).remove(), testreg.patch(...)."
-            )
+            raise self._missed(here.acted)
         return output
+
+    def _missed(self, acted: int) -> TestregError:
+        missing = "second linear" if acted & ATTENTION or not self.acts & ATTENTION else "attention"
+        return TestregError(
+            f"block {self.index} ({type(self.module).__name__}) ran without calling its {missing} as a module, so the "
+            f"registers could not act: a fused kernel reads its weights, or it was exchanged while a compiled model "
+            f"ran. Switch the fusion off, or patch again: testreg.active(model).remove(), testreg.patch(...)."
+        )
 
 
 class Attention(Forward):
@@ -138,7 +137,8 @@ class Attention(Forward):
 
     def _grown(self, registers: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original's output for tokens that have registers in front, which its other arguments do not know of."""
-        if len(args) > 1 or self.positions or any(kwargs.get(name) is not None for name in self.growing):
+        others = (*args[1:], *map(kwargs.get, self.growing))
+        if self.positions or any(value is not None for value in others):
             args, kwargs = self._told(registers, *args, **kwargs)
         output = self.original(*args, **kwargs)
         if not (isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor)):
@@ -175,40 +175,43 @@ class Rows(Attention):
         super().__init__(relay, index, module)
         self.start = Start(relay, index - relay.plan.entry)
         self.shared = relay.tower.row.packed and not relay.tower.row.segments
+        self.axis = 0 if relay.tower.sequence_first else 1  # of the tokens
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
             return self.original(*args, **kwargs)
-        here = self.relay.here
+        here, tower, axis = self.relay.here, self.relay.tower, self.axis
         here.acted |= ATTENTION
         first = args[0] if args else kwargs[self.names[0]]  # (batch, tokens, channels)
-        if self.shared and kwargs.get("cu_seq_lens_q") is not None:
-            raise UnsupportedModel(
-                f"flash attention parts the images of {type(self.relay.tower.module).__name__} by their lengths, so no "
-                f"row can be shared by them: model.set_attn_implementation('sdpa')."
-            )
-        if first.ndim != 3:
-            raise UnsupportedModel(
-                f"the attention of block {self.index} ({type(self.module).__name__}) is given {first.ndim} dimensions, "
-                f"not (batch, tokens, channels), so that no row can be put in front of its tokens: take another form."
-            )
-        turned = self.relay.tower.turned
-        tokens = turned(first)
-        rows = self.start.like(first, self.relay.count(tokens.shape[1]))
-        registers, joined = rows.shape[1], turned(redirect.join(rows, tokens))
-        here.registers = registers  # for a position bias that is made inside
+        if first.ndim != 3 or (self.shared and kwargs.get("cu_seq_lens_q") is not None):
+            self._refuse(first)
+        registers = self.relay.count(first.shape[axis])
+        rows = tower.turned(self.start.like(tower.turned(first), registers))
+        joined = torch.cat([rows, first], axis)  # (batch, registers + tokens, channels)
         # Where queries, keys and values come one by one, they are the same tensor, as attention to oneself has it.
-        args = tuple(joined if value is first else value for value in args)
+        args = tuple([joined if value is first else value for value in args])
         kwargs = {name: joined if value is first else value for name, value in kwargs.items()}
+        here.registers = registers  # for a position bias that is made inside
         try:
             output = self._grown(registers, args, kwargs)
         finally:
             here.registers = 0
         full, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if self.relay.record is not None:
-            self.relay.record.registers[self.index] = turned(full)[:, :registers]
-        left = turned(turned(full)[:, registers:])  # (batch, tokens, channels)
+            self.relay.record.registers[self.index] = tower.turned(full)[:, :registers]
+        left = full[:, registers:] if axis else full[registers:]  # (batch, tokens, channels)
         return left if rest is None else (left, *rest)
+
+    def _refuse(self, first: Tensor) -> NoReturn:
+        if first.ndim == 3:
+            raise UnsupportedModel(
+                f"flash attention parts the images of {type(self.relay.tower.module).__name__} by their lengths, so no "
+                f"row can be shared by them: model.set_attn_implementation('sdpa')."
+            )
+        raise UnsupportedModel(
+            f"the attention of block {self.index} ({type(self.module).__name__}) is given {first.ndim} dimensions, "
+            f"not (batch, tokens, channels), so that no row can be put in front of its tokens: take another form."
+        )
 
 
 class PackedRows(Rows):

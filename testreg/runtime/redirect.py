@@ -27,7 +27,7 @@ def dealt(state: Tensor, count: Any) -> Tensor:
 
 def rest(activation: Tensor, neurons: Tensor, value: Tensor) -> Tensor:
     """Neuron activations `(..., all neurons)` in which `neurons` `(neurons,)` have their `value` `(neurons,)`."""
-    return activation.index_copy(-1, neurons, value.expand(*activation.shape[:-1], -1))
+    return activation.index_copy(-1, neurons, value.expand(activation.shape[:-1] + value.shape))
 
 
 def move(

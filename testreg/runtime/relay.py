@@ -73,6 +73,7 @@ class Relay:
         self.tower, self.plan = tower, plan
         self.record: Record | None = None
         self.told = self.measuring = False
+        self._counted = -1, 0  # tokens of the last call, and how many registers went with them
         self._local = threading.local()
         self._local.here = Here()  # there before the first pass, which may be a compiled one
 
@@ -90,17 +91,27 @@ class Relay:
         plan = self.plan
         if plan.law is None or self.tower.row.packed:  # packed, they are shared by images of any number of patches
             return plan.registers
-        patches = tokens - self.tower.prefix
-        if type(patches) is int and not self.told and not plan.law.reaches(patches):
+        if type(tokens) is not int or torch.compiler.is_compiling():  # what is kept here would be part of a trace
+            return self._count(tokens)
+        known, count = self._counted
+        if tokens != known:
+            count = self._count(tokens)
+            self._counted = tokens, count
+        return count
+
+    def _count(self, tokens: Any) -> Any:
+        law, patches = self.plan.law, tokens - self.tower.prefix
+        assert law is not None
+        if type(patches) is int and not self.told and not law.reaches(patches):
             self.told = True
             warnings.warn(
                 f"an image of {patches} patches is more than twice beyond the sizes that its registers were counted at "
-                f"({plan.law.fewest} to {plan.law.most} patches), so that {plan.law(patches)} registers are a guess: "
+                f"({law.fewest} to {law.most} patches), so that {law(patches)} registers are a guess: "
                 f"testreg.find(model, images, sizes=...) measures other sizes.",
                 RegistersStretched,
                 stacklevel=2,
             )
-        return plan.law(patches)
+        return law(patches)
 
     def registers_in(self, index: int, length: Any) -> Any:
         """How many of `length` registers and tokens in a block are registers; None where it is open.
@@ -140,16 +151,27 @@ class Start:
             self.seed = tower.seed if plan.entry == 0 else None
         else:
             state, self.seed = plan.state if block is None else plan.state[block], None
-        self.alike = bool((state == state[:1]).all())
-        self.whole = plan.law is None
-        self.state = Placed((state[:1] if self.alike and not self.whole else state)[None])
+        alike = bool((state == state[:1]).all())
+        self.dealt = plan.law is not None and not alike
+        self.state = Placed((state[:1] if alike and plan.law is not None else state)[None])
+        self._last = -1, self.state  # how many of a law's were asked for last, and they
 
     def like(self, tokens: Tensor, count: Any) -> Tensor:
-        """Registers `(1, count, channels)` in the device and dtype of `tokens`."""
-        rows = self.state.like(tokens)  # (1, registers or 1, channels)
-        if not self.whole:
-            rows = rows.expand(-1, count, -1) if self.alike else redirect.dealt(rows[0], count)[None]
-        return rows if self.seed is None else self.seed.forward(rows)  # as no module: nobody's hooks should count it
+        """Registers `(batch, count, channels)` for `tokens` `(batch, tokens, channels)`, in their device and dtype."""
+        if not self.dealt:
+            rows = self.state.like(tokens)  # (1, registers or 1, channels)
+        elif type(count) is not int or torch.compiler.is_compiling():
+            rows = redirect.dealt(self.state.like(tokens)[0], count)[None]  # (1, count, channels)
+        else:
+            known, kept = self._last
+            if count != known:
+                with torch.inference_mode(False):
+                    kept = Placed(redirect.dealt(self.state.value[0], count)[None])
+                self._last = count, kept
+            rows = kept.like(tokens)
+        if self.seed is not None:  # as no module: nobody's hooks should count it
+            rows = self.seed.forward(rows.expand(-1, count, -1))
+        return rows.expand(tokens.shape[0], count, -1)
 
 
 class Placed:
@@ -159,15 +181,15 @@ class Placed:
         self.value = self.placed = value
 
     def on(self, device: torch.device) -> Tensor:
-        return self._place(device, self.value.dtype)
+        return self.placed if self.placed.device == device else self._place(device, self.value.dtype)
 
     def like(self, other: Tensor) -> Tensor:
+        placed = self.placed
+        if placed.dtype == other.dtype and placed.device == other.device:
+            return placed
         return self._place(other.device, other.dtype)
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        placed = self.placed
-        if placed.device == device and placed.dtype == dtype:
-            return placed
         if torch.compiler.is_compiling():  # a tensor made while tracing belongs to the trace
             return self.value.to(device, dtype)
         with torch.inference_mode(False):  # one made in inference mode could be no part of a training step

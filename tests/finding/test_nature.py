@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from testreg.finding import nature as natures
 from testreg.finding.nature import Nature
 from testreg.images.streaming import _digest
 from testreg.metrics.outliers import locked
+from testreg.runtime.errors import UnsupportedModel
 
 
 def kind(count=16, **settings):
@@ -75,6 +78,34 @@ def test_states_values_and_attention_are_those_of_a_plain_computation():
         cosine_similarity(states, states.mean(0)[None]).mean().item(), rel=1e-4
     )
     assert seen.nature.states == 1
+
+
+@pytest.mark.parametrize(
+    "unseen", [(), ("_keep_attention",), ("_keep_projected",), ("_keep_attention", "_keep_projected")]
+)
+def test_what_cannot_be_seen_hides_nothing_else(monkeypatch, unseen):
+    model, _, whole = kind(where="corners")
+
+    def refuse(*args):
+        raise UnsupportedModel("this attention shows nothing.")
+
+    for name in unseen:
+        monkeypatch.setattr(sys.modules["testreg.finding.observe"], name, refuse)
+    seen = testreg.inspect(model, images())
+    hidden = {"attention": None} if "_keep_attention" in unseen else {}
+    hidden |= {"values": None} if "_keep_projected" in unseen else {}
+    wanted = replace(whole.nature, **hidden)
+    assert replace(seen.nature, values=None) == replace(wanted, values=None)
+    assert seen.nature.values == pytest.approx(wanted.values, rel=1e-5)  # attention that gives maps rounds otherwise
+    assert seen.attention == (whole.attention if "attention" not in hidden else None)
+
+
+def test_every_image_is_looked_at_closely_in_one_pass():
+    model, _ = grown(where="corners")
+    alone = []
+    model.register_forward_hook(lambda module, args, output: alone.append(len(output.last_hidden_state) == 1))
+    testreg.find(model, images(24), sizes=())
+    assert sum(alone) == 4  # which show 16 outliers
 
 
 def test_kinds_of_states_are_counted():

@@ -226,7 +226,7 @@ def test_the_count_follows_the_size_of_the_call(form):
     model, _ = build("ViTModel")
     plan = forms(model)[FORMS.index(form)]
     with patch(model, plan) as patched, torch.no_grad():
-        for side in (16, 32, 48):
+        for side in (16, 32, 48, 32):
             images = torch.randn(2, 3, side, side)
             with patched.recording() as record:
                 model(images, interpolate_pos_encoding=True)
@@ -237,6 +237,20 @@ def test_the_count_follows_the_size_of_the_call(form):
             with patch(model, fixed):
                 found = model(images, interpolate_pos_encoding=True).last_hidden_state
             assert torch.equal(wanted, found)
+
+
+def test_registers_counted_in_inference_mode_take_part_in_training():
+    model, _ = build("ViTModel")
+    images = torch.randn(2, 3, 32, 32)
+    with patch(model, attention_form(model, law=LAW)):
+        with torch.inference_mode():
+            wanted = model(images).last_hidden_state
+        found = model(images).last_hidden_state
+        found.square().sum().backward()
+        start = model.layers[1].attention.forward.__self__.start
+        assert not start.like(images, start._last[0]).is_inference()
+    assert torch.equal(found, wanted)
+    assert all(weight.grad.isfinite().all() for weight in model.layers.parameters())
 
 
 def test_kinds_keep_their_proportions():
