@@ -15,8 +15,8 @@ from .observe import observe, run
 from .scan import Kept
 
 FEW = 4  # images whose attention maps are looked at
-FEWEST, MOST = 4, 8  # images with outliers that are,
-ENOUGH = 16  # and as many between as show so many outliers
+FEWEST, MOST = 4, 8  # images with outliers, of which states and values are looked at:
+ENOUGH = 16  # between the two, as many as show so many outliers
 
 
 @dataclass(frozen=True)

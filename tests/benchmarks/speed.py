@@ -46,6 +46,8 @@ from testreg.images.streaming import stream
 from testreg.runtime import redirect
 from testreg.runtime.towers import find_tower
 
+from .method import tiny
+
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SHAPES = {"Ti": (192, 12, 3), "B": (768, 12, 12), "L": (1024, 24, 16)}  # channels, blocks, heads
 PATCH = 14
@@ -207,6 +209,19 @@ def _forward(
         models[form] = again(base)
         testreg.patch(models[form], plan)
     images = torch.randn(batch, 3, pixels, pixels).to(device, getattr(torch, dtype))
+    return _timed(models, images, seconds, LEAST[shape], device, mode, counts)
+
+
+def _timed(
+    models: dict[str, torch.nn.Module],
+    images: Tensor,
+    seconds: float,
+    least: int,
+    device: str = "cpu",
+    mode: str = "",
+    counts: dict[str, list[int]] | None = None,
+) -> dict[str, list[tuple[float, float]]]:
+    """Passes of several models over the same images; page faults of each go into `counts`."""
 
     def arm(name: str, model: Any) -> Arm:
         called = torch.compile(model, mode=None if mode == "default" else mode) if mode else model
@@ -223,7 +238,24 @@ def _forward(
         return forward
 
     torch.compiler.reset()
-    return paired({name: arm(name, model) for name, model in models.items()}, seconds, LEAST[shape])
+    return paired({name: arm(name, model) for name, model in models.items()}, seconds, least)
+
+
+def found(seconds: float) -> list[str]:
+    """The real checkpoint under the plan that `find` gives with nothing set, its law included."""
+    model, images, _ = tiny()
+    plan = testreg.find(model, images)
+    models = {"unpatched": model, "as found": again(model), "unpatched again": again(model)}
+    testreg.patch(models["as found"], plan)
+
+    def rows() -> Iterator[Row]:
+        for batch in (1, 32):
+            taken = _timed(models, images[:batch], seconds, LEAST["Ti"])
+            for arm in ("as found", "unpatched again"):
+                yield f"vit-tiny-augreg, {batch} × 224 px", arm, *over(taken, arm, "unpatched")
+
+    print("\nfound", flush=True)
+    return [f"{plan}.", "", *table(("forward pass", "arm", "over unpatched", "CPU"), rows())]
 
 
 def faults(settings: list[tuple[str, int, int]], seconds: float) -> list[str]:
@@ -547,6 +579,7 @@ def main() -> None:
     ]
     sections: dict[str, Callable[[], list[str]]] = {
         "Forward passes, eager": lambda: forwards(small, seconds),
+        "Forward passes of a real checkpoint, eager": lambda: found(seconds),
         "Page faults": lambda: faults([("B", 224, 8)], seconds),
         "Where the time of a patch goes": lambda: pieces([("Ti", 224, 1), ("B", 224, 8)], seconds),
         "Forward passes, torch.compile": lambda: forwards(small[: 1 if quick else 3], seconds, mode="default"),
