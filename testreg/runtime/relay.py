@@ -109,7 +109,7 @@ class Relay:
                 f"({law.fewest} to {law.most} patches), so that {law(patches)} registers are a guess: "
                 f"testreg.find(model, images, sizes=...) measures other sizes.",
                 RegistersStretched,
-                stacklevel=2,
+                stacklevel=3,
             )
         return law(patches)
 

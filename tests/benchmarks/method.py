@@ -153,21 +153,23 @@ def whole_find(model: torch.nn.Module, images: torch.Tensor, batch_size: int) ->
 
 
 def measure(setting: Callable[..., Any]) -> None:
-    """Print the rows of one setting; plain passes run before and after, and peak memory only grows from arm to arm."""
+    """Print the rows of one setting: each arm over the plain passes right before and after it, since a machine's speed
+    changes within minutes; peak memory only grows from arm to arm.
+    """
     torch.set_num_threads(1)
     model, images, batch_size = setting()
     plain(model, images[:batch_size], batch_size)
     rows = []
-    for arm in (plain, only_scan, find_at_one_size, whole_find, plain):
+    for arm in (plain, only_scan, plain, find_at_one_size, plain, whole_find, plain):
         cpu, wall = time.process_time(), time.perf_counter()
         arm(model, images, batch_size)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
         rows.append((time.process_time() - cpu, time.perf_counter() - wall, memory))
-    first, scanned, at_one, found, last = rows
-    cpu, wall, memory = (first[0] + last[0]) / 2, (first[1] + last[1]) / 2, first[2]
-    print(f"| {setting.__doc__} | plain | {cpu:.1f} s | {wall:.1f} s | {memory:.0f} MiB |")
-    for name, row in (("scan", scanned), ("find, one size", at_one), ("find", found)):
-        print(f"| | {name} | {row[0] / cpu:.2f} | {row[1] / wall:.2f} | {row[2] / memory:.2f} |", flush=True)
+    cpu, wall, first = rows[0]
+    print(f"| {setting.__doc__} | plain | {cpu:.1f} s | {wall:.1f} s | {first:.0f} MiB |")
+    for name, at in (("scan", 1), ("find, one size", 3), ("find", 5)):
+        cpu, wall = (2 * rows[at][kind] / (rows[at - 1][kind] + rows[at + 1][kind]) for kind in (0, 1))
+        print(f"| | {name} | {cpu:.2f} | {wall:.2f} | {rows[at][2] / first:.2f} |", flush=True)
 
 
 def cost(settings: list[str]) -> None:
