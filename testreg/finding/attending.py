@@ -55,7 +55,7 @@ def _shares(glance: Glance, tower: Tower, found: Artefact | None) -> list[float]
     assert glance.attention is not None
     alpha, own = glance.attention, native(tower)  # (blocks, heads, tokens)
     patches = alpha[..., tower.prefix :]
-    behind = patches[len(patches) if found is None else found.block + 1 :, :, glance.outliers]
+    behind = patches[found.block + 1 :, :, glance.outliers] if found else patches[:0]
     shares = (
         patches.amax(-1).mean(),
         alpha[..., : tower.prefix - own].sum(-1).mean(),

@@ -15,8 +15,8 @@ from .observe import observe, run
 from .scan import Kept
 
 FEW = 4  # images whose attention maps are looked at
-FEWEST, MOST = 4, 8  # images with outliers, of which states and values are looked at:
-ENOUGH = 16  # between the two, as many as show so many outliers
+LEAST, MOST = 4, 8  # images with outliers whose states and values are looked at,
+ENOUGH = 16  # as many in between as show so many outliers
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Glance:
         outliers: which of its patches are some, `(patches,)`.
         attention: what every token receives from the mean query, `(blocks, heads, tokens)`; None where it was not
             looked at, or the model's attention gives no maps.
-        state: its patches after the block that shows outliers best, `(patches, channels)`; None where it has none.
+        state: its patches after the block that shows outliers best, `(patches, channels)`; None where it was not
+            looked at.
         values: norms of what attention reads at its patches, `(blocks, patches)`, for the blocks behind the one at
-            whose output outliers appear; no block where it has none, or values cannot be read.
+            whose output outliers appear; no block where it was not looked at, or values cannot be read.
     """
 
     outliers: Tensor
@@ -60,7 +61,7 @@ def _enough(outliers: list[Tensor]) -> set[int]:
     chosen: set[int] = set()
     seen = 0
     for index, row in enumerate(outliers):
-        if row.any() and len(chosen) < MOST and (len(chosen) < FEWEST or seen < ENOUGH):
+        if row.any() and len(chosen) < MOST and (len(chosen) < LEAST or seen < ENOUGH):
             chosen.add(index)
             seen += int(row.sum())
     return chosen
@@ -78,27 +79,32 @@ class _Eyes:
 
     def __init__(self, model: nn.Module, tower: Tower, found: Artefact | None):
         self.model, self.tower, self.found = model, tower, found
-        self.able = [(True, True), (True, False), (False, True), (False, False)]  # to see maps and values
+        self.able = [(True, True), (True, False), (False, True), (False, False)]  # to see maps, to see values
 
     def glance(self, image: Kept, outliers: Tensor, *, maps: bool, closer: bool) -> Glance:
         """One pass, for attention maps, and closer for states and values."""
-        can, read = self.able[0]
+        asked = self._asked(maps, closer)
+        if not (asked[0] or closer):
+            return Glance(outliers, None, None, torch.empty(0, len(outliers)))
         count, prefix = len(self.tower.blocks), self.tower.prefix
         shown, behind = (-1, count) if self.found is None else (self.found.shown, self.found.block + 1)
-        blocks = range(count if maps and can else 0)
+        blocks = range(count if asked[0] else 0)
         try:
             with observe(
                 self.model,
                 attentions=blocks,
                 states=[shown] if closer else [],
-                values=range(behind, count) if closer and read else [],
+                values=range(behind, count) if asked[1] else [],
             ) as seen:
                 seen.attentions = _Received()
                 run(self.model, image.inputs)
+            if any(len(seen.attentions[block]) != 1 for block in blocks):
+                raise UnsupportedModel("attention by windows gives no map of the whole image.")
         except UnsupportedModel:
-            if len(self.able) == 1:
+            while self.able and self._asked(maps, closer) == asked:
+                del self.able[0]
+            if not self.able:
                 raise
-            del self.able[0]
             return self.glance(image, outliers, maps=maps, closer=closer)
         norms = [values[0, prefix:].float().norm(dim=-1).cpu() for values in seen.values.values()]  # each (patches,)
         return Glance(
@@ -107,3 +113,8 @@ class _Eyes:
             seen.states[shown][0, prefix:].float().cpu() if closer else None,
             torch.stack(norms) if norms else torch.empty(0, len(outliers)),
         )
+
+    def _asked(self, maps: bool, closer: bool) -> tuple[bool, bool]:
+        """Whether a look at maps, or closer, asks for maps and for values, as far as they can be seen."""
+        seen_maps, seen_values = self.able[0]
+        return maps and seen_maps, closer and seen_values

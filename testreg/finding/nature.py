@@ -112,12 +112,12 @@ class Nature:
         return {**asdict(self), "places": list(self.places), "sink": self.sink, "sentences": self.sentences}
 
 
-def nature(images: list[Kept], glances: list[Glance], found: Artefact, seen: Attending | None) -> Nature:
-    """What kind of artefact `found` is.
+def nature(images: list[Kept], looks: list[Glance], found: Artefact, seen: Attending | None) -> Nature | None:
+    """What kind of artefact `found` is; None where none of the images happens to show it.
 
     Args:
         images: kept images, to tell places by.
-        glances: at some of them.
+        looks: at some of them.
         seen: where attention goes.
     """
     outliers = [found.threshold.outliers(image.norms[found.shown]) for image in images]
@@ -125,12 +125,14 @@ def nature(images: list[Kept], glances: list[Glance], found: Artefact, seen: Att
     where: Any = "unknown"
     if share is not None:
         where = "position" if share >= NEARLY_ALL else "content" if share <= HARDLY_ANY else "both"
-    spoilt = [(glance.state, glance) for glance in glances if glance.state is not None]
+    spoilt = [(glance.state, glance) for glance in looks if glance.state is not None]
+    if not spoilt:
+        return None
     picked = torch.cat([state[glance.outliers] for state, glance in spoilt])  # (outliers, channels)
     others = torch.cat([state[~glance.outliers] for state, glance in spoilt])  # (others, channels)
     ratios = [
         float(norms[glance.outliers].mean() / norms[~glance.outliers].mean())
-        for glance in glances
+        for glance in looks
         for norms in glance.values
     ]
     kinds, likeness = _kinds(picked)

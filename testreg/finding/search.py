@@ -147,6 +147,7 @@ def find(
             plan, measured = others.fitted(best, search.bench, () if fixed and sizes is None else sizes, more)
         closer = glances(model, tower, ranked, found)
         attention = attending(closer, tower, found)
+        kind = nature(ranked, closer, found, attention)
         guard = Bench(model, tower, held, found.threshold, found.block, survey.batch_size, once=True)
         score = guard.score(plan)
         if not force:
@@ -158,7 +159,7 @@ def find(
             "split": {"ranked": len(ranked), "tried": len(tried), "held_out": len(held)},
             "resolution": None if tower.row.packed else _resolution(pixels(next(iter(sample)).inputs)),
             "artefact": found.to_dict(),
-            "nature": nature(ranked, closer, found, attention).to_dict(),
+            "nature": None if kind is None else kind.to_dict(),
             "attention": None if attention is None else asdict(attention),
             "blocks": [asdict(row) for row in table(norms, found.threshold)],
             "outliers_per_image": search.ranking.per_image,

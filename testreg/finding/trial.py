@@ -99,7 +99,6 @@ class Bench:
         outliers = [threshold.outliers(image.norms[block:]) for image in images]  # each (blocks, patches)
         self.before = float(torch.stack([row.float().mean(1) for row in outliers]).mean(0).max())
         self._held: dict[int, dict[int, Any]] = {}  # block -> batch -> what the block before it gives
-        self._inputs: tuple[int, dict[str, Tensor]] = -1, {}  # of the batch that ran last
         self._scores: list[tuple[RegisterPlan, Score]] = []
 
     def score(self, plan: RegisterPlan) -> Score:
@@ -116,7 +115,7 @@ class Bench:
         first = 0 if self.once else min([plan.entry, *plan.neurons])
         for index, batch in enumerate(self.batches):
             with self._resumed(index, batch, first), patch(self.model, plan):
-                seen = look(self.model, self.tower, self._inputs_of(index, batch))
+                seen = look(self.model, self.tower, stack(batch))
             outliers = self.threshold.outliers(seen.norms)
             left += outliers.sum((0, 2)).cpu()
             patches += len(batch) * outliers.shape[-1]
@@ -136,7 +135,7 @@ class Bench:
         start = self._start(block)
         held = self._held[start] if start else {}
         if start and index not in held:
-            held[index] = self._output(self._inputs_of(index, batch), start - 1)
+            held[index] = self._output(batch, start - 1)
         blocks = self.tower.blocks[:start]
         before = [module.__dict__.get("forward") for module in blocks]
         try:
@@ -161,13 +160,7 @@ class Bench:
             self._held[start] = {}
         return start
 
-    def _inputs_of(self, index: int, batch: list[Kept]) -> dict[str, Tensor]:
-        if self._inputs[0] != index:
-            self._inputs = -1, {}  # two batches at once would be twice the memory
-            self._inputs = index, stack(batch)
-        return self._inputs[1]
-
-    def _output(self, inputs: dict[str, Tensor], block: int) -> Any:
+    def _output(self, batch: list[Kept], block: int) -> Any:
         """What a block of the unpatched model gives, a tensor or a tuple."""
         found: list[Any] = []
 
@@ -178,7 +171,7 @@ class Bench:
         handle = self.tower.blocks[block].register_forward_hook(hook)
         try:
             with suppress(Enough):
-                run(self.model, inputs)
+                run(self.model, stack(batch))
         finally:
             handle.remove()
         return found[0]

@@ -183,8 +183,9 @@ class Rows(Attention):
         here, tower, axis = self.relay.here, self.relay.tower, self.axis
         here.acted |= ATTENTION
         first = args[0] if args else kwargs[self.names[0]]  # (batch, tokens, channels)
-        if first.ndim != 3 or (self.shared and kwargs.get("cu_seq_lens_q") is not None):
-            self._refuse(first)
+        by_lengths = self.shared and kwargs.get("cu_seq_lens_q") is not None
+        if by_lengths or first.ndim != 3:
+            self._refuse(first, by_lengths)
         registers = self.relay.count(first.shape[axis])
         rows = tower.turned(self.start.like(tower.turned(first), registers))
         joined = torch.cat([rows, first], axis)  # (batch, registers + tokens, channels)
@@ -202,8 +203,8 @@ class Rows(Attention):
         left = full[:, registers:] if axis else full[registers:]  # (batch, tokens, channels)
         return left if rest is None else (left, *rest)
 
-    def _refuse(self, first: Tensor) -> NoReturn:
-        if first.ndim == 3:
+    def _refuse(self, first: Tensor, by_lengths: bool) -> NoReturn:
+        if by_lengths:
             raise UnsupportedModel(
                 f"flash attention parts the images of {type(self.relay.tower.module).__name__} by their lengths, so no "
                 f"row can be shared by them: model.set_attn_implementation('sdpa')."

@@ -154,21 +154,14 @@ class Start:
         alike = bool((state == state[:1]).all())
         self.dealt = plan.law is not None and not alike
         self.state = Placed((state[:1] if alike and plan.law is not None else state)[None])
-        self._last = -1, self.state  # how many of a law's were asked for last, and they
 
     def like(self, tokens: Tensor, count: Any) -> Tensor:
         """Registers `(batch, count, channels)` for `tokens` `(batch, tokens, channels)`, in their device and dtype."""
-        if not self.dealt:
-            rows = self.state.like(tokens)  # (1, registers or 1, channels)
-        elif type(count) is not int or torch.compiler.is_compiling():
-            rows = redirect.dealt(self.state.like(tokens)[0], count)[None]  # (1, count, channels)
-        else:
-            known, kept = self._last
-            if count != known:
-                with torch.inference_mode(False):
-                    kept = Placed(redirect.dealt(self.state.value[0], count)[None])
-                self._last = count, kept
-            rows = kept.like(tokens)
+        rows = self.state.like(tokens)  # (1, registers or 1, channels)
+        if self.dealt and (
+            torch.compiler.is_compiling() or count != rows.shape[1]
+        ):  # a compiler would guard the latter
+            rows = redirect.dealt(rows[0], count)[None]  # (1, count, channels)
         if self.seed is not None:  # as no module: nobody's hooks should count it
             rows = self.seed.forward(rows.expand(-1, count, -1))
         return rows.expand(tokens.shape[0], count, -1)
@@ -181,7 +174,8 @@ class Placed:
         self.value = self.placed = value
 
     def on(self, device: torch.device) -> Tensor:
-        return self.placed if self.placed.device == device else self._place(device, self.value.dtype)
+        placed = self.placed  # read once: another thread may place it elsewhere
+        return placed if placed.device == device else self._place(device, self.value.dtype)
 
     def like(self, other: Tensor) -> Tensor:
         placed = self.placed
@@ -193,5 +187,5 @@ class Placed:
         if torch.compiler.is_compiling():  # a tensor made while tracing belongs to the trace
             return self.value.to(device, dtype)
         with torch.inference_mode(False):  # one made in inference mode could be no part of a training step
-            self.placed = self.value.to(device, dtype)
-        return self.placed
+            self.placed = placed = self.value.to(device, dtype)
+        return placed

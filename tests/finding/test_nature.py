@@ -13,10 +13,18 @@ from torch.nn.functional import cosine_similarity
 
 import testreg
 from testreg.finding import nature as natures
+from testreg.finding.attending import attending
+from testreg.finding.closer import glances
+from testreg.finding.detect import Artefact
 from testreg.finding.nature import Nature
+from testreg.finding.scan import scan
+from testreg.finding.still import quiet
+from testreg.finding.trial import Threshold
+from testreg.images import stream
 from testreg.images.streaming import _digest
 from testreg.metrics.outliers import locked
 from testreg.runtime.errors import UnsupportedModel
+from testreg.runtime.towers import find_tower
 
 
 def kind(count=16, **settings):
@@ -182,6 +190,17 @@ def test_what_sinks_do_is_told_by_their_values(values, sink, says):
     assert found.sink == sink
     assert any(says in line for line in found.sentences)
     assert ("usual norm" in " ".join(found.sentences)) == (values is not None)
+
+
+def test_no_image_that_shows_it_no_kind():
+    model, planted = grown(where="corners")
+    found = Artefact(Threshold(1e6), planted.block, planted.block, 0.01, 0.05)
+    with quiet(model):
+        tower = find_tower(model)
+        _, kept = scan(model, tower, stream(images()))
+        looks = glances(model, tower, list(kept), found)
+    assert [look.state for look in looks] == [None] * 4
+    assert natures.nature(list(kept), looks, found, attending(looks, tower, found)) is None
 
 
 def test_no_artefact_no_kind():

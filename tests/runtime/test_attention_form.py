@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_patch import FORMS, LAW, NEURONS, attention_form, forms
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import linear, pad
 from zoo import ROWS, build, tensors
 
@@ -247,10 +248,22 @@ def test_registers_counted_in_inference_mode_take_part_in_training():
             wanted = model(images).last_hidden_state
         found = model(images).last_hidden_state
         found.square().sum().backward()
-        start = model.layers[1].attention.forward.__self__.start
-        assert not start.like(images, start._last[0]).is_inference()
     assert torch.equal(found, wanted)
     assert all(weight.grad.isfinite().all() for weight in model.layers.parameters())
+
+
+def test_nothing_of_a_traced_pass_stays_on_the_model():
+    model, _ = build("ViTModel")
+    images = torch.randn(2, 3, 48, 48)
+    with patch(model, attention_form(model, law=LAW)), torch.no_grad():
+        wanted = model(images, interpolate_pos_encoding=True).last_hidden_state
+        model(images[..., :32, :32])
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(images), interpolate_pos_encoding=True)
+        torch.func.grad(lambda given: model(given, interpolate_pos_encoding=True)[0].sum())(images)
+        copied = copy.deepcopy(model)
+        for one in (model, copied):
+            assert torch.equal(one(images, interpolate_pos_encoding=True).last_hidden_state, wanted)
 
 
 def test_kinds_keep_their_proportions():
