@@ -39,7 +39,7 @@ class Inspection:
         family: of the vision tower.
         native: how many registers it was trained with.
         attention: where its attention goes; None where it gives no maps.
-        nature: what kind of artefact it is; None where there is none.
+        nature: what kind of artefact it is; None where there is none, or none of the images that were kept shows it.
         scales: of each block the linear whose input is hardest to quantise with one scale.
     """
 

@@ -142,9 +142,11 @@ def _told(found: Inspection) -> Row:
         "threshold": str(found.threshold),
         "native": found.native,
     }
-    if artefact is not None and nature is not None:
+    if artefact is not None:
         row |= {"outliers": artefact.share, "images": artefact.images, "block": artefact.block}
-        row |= {"times": found.ratios[artefact.shown], "where": nature.where, "states": nature.states}
+        row |= {"times": found.ratios[artefact.shown]}
+    if nature is not None:
+        row |= {"where": nature.where, "states": nature.states}
         row |= {"values": nature.values, "attention": nature.attention}
     return row
 
